@@ -1,0 +1,1 @@
+"""Masked autoencoders on timm Vision Transformers: the method, without Ray or MLflow."""

@@ -1,0 +1,1 @@
+"""Jobs that a person submits, and the Ray code under them."""

@@ -1,0 +1,36 @@
+"""Errors that a user can mend, and the edge of every command that shows them as one line."""
+
+import os
+import sys
+from collections.abc import Callable
+
+USAGE_ERROR = 2
+
+
+class UserError(ValueError):
+    """Wrong input, said in one line that names the thing, what was found and what to do."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command's ``main`` and exits: 2 with one line on stderr for what the user can mend.
+
+    Args:
+        main: The command; what it returns is the exit code (None means 0).
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = USAGE_ERROR
+    except OSError as error:
+        # A full disk, a folder without permission: the system's words and the path say it all.
+        if error.errno is None:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {os.strerror(error.errno)}{where}", file=sys.stderr)
+        code = USAGE_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
