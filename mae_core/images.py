@@ -1,0 +1,308 @@
+"""Bytes to RGB pixels, crops as pure functions of the sample, and normalisation on the device.
+
+B images of a block, C channels, H and W height and width, A attempts, U draws. What can be is computed for a
+whole block at once: for tiny images the Python around the decoder costs as much as the decoder.
+"""
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mae_core.randomness import Integers, Purpose, uniform
+
+MAX_PIXELS = 89_000_000
+
+_COLOURS = {1: "GRAY", 3: "RGB"}
+_MODES = {1: "L", 3: "RGB"}
+_JPEG_MAGIC = b"\xff\xd8\xff"
+# What is read at all. Pillow knows more, among it formats that start other programs (EPS runs Ghostscript).
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
+_ORIENTATION_TAG = 0x0112
+# APP1 comes first or right after JFIF in practice, and no segment is longer than this.
+_EXIF_WITHIN = 1 << 16
+_NUM_ATTEMPTS = 10
+
+
+def decode(data: bytes, channels: int = 3, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decodes an encoded image, upright by its EXIF orientation.
+
+    Alpha is dropped, the first frame of an animation is taken, and of 16 bits the upper 8 are kept.
+
+    Args:
+        data: The bytes of a JPEG, PNG, WebP, TIFF, BMP, GIF, PPM or JPEG 2000 file.
+        channels: 3 for RGB, 1 for grey.
+        max_pixels: Larger images are refused by their header, before any pixel is decoded.
+
+    Returns:
+        Writable uint8 array [H, W, C].
+
+    Raises:
+        ImageError: The bytes are no readable image; ``reason`` says why in one word.
+        ValueError: ``channels`` is neither 1 nor 3.
+    """
+    if channels not in _COLOURS:
+        raise ValueError(f"channels is {channels}: images are decoded to 3 channels (RGB) or 1 (grey)")
+    if not data:
+        raise ImageError("empty", "no bytes")
+    if data.startswith(_JPEG_MAGIC):
+        image_HWC = _decode_plain_jpeg(data, _COLOURS[channels], max_pixels)
+        if image_HWC is not None:
+            return image_HWC
+    return _decode_by_pillow(data, _MODES[channels], max_pixels)
+
+
+def random_resized_crops(
+    height_B: np.ndarray,
+    width_B: np.ndarray,
+    *,
+    seed: int,
+    epoch_B: Integers,
+    sample_B: np.ndarray,
+    repeat_B: Integers,
+    source_B: Integers = 0,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool = True,
+) -> "Crops":
+    """Crops distributed as torchvision's ``RandomResizedCrop``, each a pure function of its sample's key.
+
+    The share of the area is uniform in ``scale``, the logarithm of the aspect ratio uniform between those of
+    ``ratio``. Of ten draws the first that fits is taken, else the largest central box within ``ratio``.
+
+    Args:
+        height_B: int64 heights of the images.
+        width_B: int64 widths of the images.
+        seed: Seed of the run.
+        epoch_B: Epoch of each sample, or one for all.
+        sample_B: int64 sample ids.
+        repeat_B: Which of several views of the sample in the epoch, or one for all.
+        source_B: Data source of each sample, or one for all.
+        scale: Least and greatest share of the area.
+        ratio: Least and greatest width over height.
+        flip: Whether half of the crops are mirrored.
+    """
+    column = [np.reshape(np.asarray(part), (-1, 1)) for part in (epoch_B, source_B, sample_B, repeat_B)]
+    # Draws 0-9 the area, 10-19 the aspect, 20 and 21 the place, 22 the flip: part of every run's identity.
+    draw_BU = uniform(Purpose.CROP, seed, *column, np.arange(2 * _NUM_ATTEMPTS + 3))
+    H_B1, W_B1 = (np.reshape(np.asarray(size, np.int64), (-1, 1)) for size in (height_B, width_B))
+
+    area_BA = H_B1 * W_B1 * (scale[0] + (scale[1] - scale[0]) * draw_BU[:, :_NUM_ATTEMPTS])
+    log_low, log_high = np.log(ratio[0]), np.log(ratio[1])
+    aspect_BA = np.exp(log_low + (log_high - log_low) * draw_BU[:, _NUM_ATTEMPTS : 2 * _NUM_ATTEMPTS])
+    width_BA = np.rint(np.sqrt(area_BA * aspect_BA)).astype(np.int64)
+    height_BA = np.rint(np.sqrt(area_BA / aspect_BA)).astype(np.int64)
+    fits_BA = (width_BA > 0) & (width_BA <= W_B1) & (height_BA > 0) & (height_BA <= H_B1)
+
+    first_B1 = fits_BA.argmax(axis=1)[:, None]
+    fits_B = fits_BA.any(axis=1)
+    H_B, W_B = H_B1[:, 0], W_B1[:, 0]
+    central_width_B = np.clip(np.rint(H_B * ratio[1]).astype(np.int64), 1, W_B)
+    central_height_B = np.clip(np.rint(W_B / ratio[0]).astype(np.int64), 1, H_B)
+    box_width_B = np.where(fits_B, np.take_along_axis(width_BA, first_B1, 1)[:, 0], central_width_B)
+    box_height_B = np.where(fits_B, np.take_along_axis(height_BA, first_B1, 1)[:, 0], central_height_B)
+
+    room_top_B, room_left_B = H_B - box_height_B, W_B - box_width_B
+    top_B = (draw_BU[:, -3] * (room_top_B + 1)).astype(np.int64)
+    left_B = (draw_BU[:, -2] * (room_left_B + 1)).astype(np.int64)
+    return Crops(
+        top=np.where(fits_B, np.minimum(top_B, room_top_B), room_top_B // 2),
+        left=np.where(fits_B, np.minimum(left_B, room_left_B), room_left_B // 2),
+        height=box_height_B,
+        width=box_width_B,
+        flip=(draw_BU[:, -1] < 0.5) & flip,
+    )
+
+
+def center_crops(
+    height_B: np.ndarray, width_B: np.ndarray, *, out_size: tuple[int, int], share: float = 0.875
+) -> "Crops":
+    """Evaluation crops: what "resize to ``out_size / share``, cut ``out_size`` from the centre" keeps.
+
+    Args:
+        height_B: int64 heights of the images.
+        width_B: int64 widths of the images.
+        out_size: (H, W) that the crop will be resized to; the box has its aspect ratio.
+        share: Side of the box over the side of the largest box that fits; 224 of 256 in most papers.
+    """
+    height_B, width_B = np.asarray(height_B, np.int64), np.asarray(width_B, np.int64)
+    out_height, out_width = out_size
+    largest_B = np.minimum(height_B / out_height, width_B / out_width) * share
+    box_height_B = np.clip(np.rint(largest_B * out_height).astype(np.int64), 1, height_B)
+    box_width_B = np.clip(np.rint(largest_B * out_width).astype(np.int64), 1, width_B)
+    return Crops(
+        top=(height_B - box_height_B) // 2,
+        left=(width_B - box_width_B) // 2,
+        height=box_height_B,
+        width=box_width_B,
+        flip=np.zeros(height_B.shape, bool),
+    )
+
+
+def crop_resize(
+    image_HWC: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, out: np.ndarray
+) -> None:
+    """Cuts a box, resizes it (bicubic with antialias, as Pillow does) and mirrors it, into ``out``.
+
+    Args:
+        image_HWC: uint8 image.
+        top: First row of the box.
+        left: First column of the box.
+        height: Rows of the box.
+        width: Columns of the box.
+        flip: Whether the result is mirrored left to right.
+        out: uint8 [H, W, C] that receives the result, for example one image of a batch.
+    """
+    box_HWC = image_HWC[top : top + height, left : left + width]
+    assert box_HWC.shape[:2] == (height, width), f"box {top, left, height, width} leaves {image_HWC.shape}"
+    if box_HWC.shape == out.shape and not flip:
+        out[...] = box_HWC
+        return
+    # The copy, and unsqueeze before permute, make the strides channels-last: more than twice as fast.
+    box_1CHW = torch.from_numpy(box_HWC.copy()).unsqueeze(0).permute(0, 3, 1, 2)
+    if box_HWC.shape != out.shape:
+        box_1CHW = torch.nn.functional.interpolate(box_1CHW, out.shape[:2], mode="bicubic", antialias=True)
+    if flip:  # PyTorch mirrors pixels eight times as fast as NumPy
+        box_1CHW = box_1CHW.flip(3)
+    out[...] = box_1CHW.numpy()[0].transpose(1, 2, 0)
+
+
+def normalize(
+    images_BHWC: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor
+) -> torch.Tensor:
+    """Pixels as the model takes them: ``(x / 255 - mean) / std`` on the device of the images.
+
+    Args:
+        images_BHWC: uint8.
+        mean: One value a channel, of pixels in [0, 1]. A tensor on the device spares a copy at each call.
+        std: As ``mean``.
+
+    Returns:
+        float32 [B, C, H, W], contiguous.
+    """
+    mean_C = torch.as_tensor(mean, dtype=torch.float32, device=images_BHWC.device)
+    std_C = torch.as_tensor(std, dtype=torch.float32, device=images_BHWC.device)
+    images_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return (images_BCHW - 255 * mean_C[:, None, None]) * (1 / (255 * std_C))[:, None, None]
+
+
+def _decode_plain_jpeg(data: bytes, colour: str, max_pixels: int) -> np.ndarray | None:
+    """Decodes an upright JPEG in grey, YCbCr or RGB; None where Pillow should look at it instead."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    _check_pixels(int(width), int(height), max_pixels)
+    if space not in ("YCbCr", "Gray", "RGB") or _jpeg_orientation(data) != 1:
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data, colour)
+    except ValueError as error:
+        text = str(error)
+        if "remature end" in text:
+            raise ImageError("truncated", text) from None
+        if "Corrupt" in text and "extraneous" not in text:
+            raise ImageError("corrupt", text) from None
+        # Extraneous bytes between segments and the like: the pixels are all there.
+        return None
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """The EXIF orientation (1 to 8) of a JPEG; 1 where there is none or it cannot be read."""
+    tiff = data.find(b"Exif\0\0", 0, _EXIF_WITHIN) + 6
+    if tiff < 6:
+        return 1
+    order = "<" if data.startswith(b"II", tiff) else ">"
+    try:
+        (ifd,) = struct.unpack_from(order + "I", data, tiff + 4)
+        (num_entries,) = struct.unpack_from(order + "H", data, tiff + ifd)
+        for entry in range(tiff + ifd + 2, tiff + ifd + 2 + 12 * num_entries, 12):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", data, entry)
+            if tag == _ORIENTATION_TAG:
+                return value
+    except struct.error:
+        pass
+    return 1
+
+
+def _decode_by_pillow(data: bytes, mode: str, max_pixels: int) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow: oddities of files that it reads all the same
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
+                _check_pixels(*file.size, max_pixels)
+                file.load()
+                image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):
+                image = _upper_byte(image)
+            elif image.mode == "F":
+                raise ImageError("unsupported", "pixels are floating-point numbers")
+            pixels = np.array(image.convert(mode))
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError("not_an_image", str(error)) from None
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise ImageError("too_large", str(error)) from None
+    except Exception as error:  # a hostile file can make a decoder raise anything
+        raise ImageError(_reason(error), f"{type(error).__name__}: {error}") from None
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _upper_byte(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ImageError("unsupported", "pixels are 32-bit integers")
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).lower()
+    if isinstance(error, EOFError) or "truncated" in text:
+        return "truncated"
+    if isinstance(error, NotImplementedError) or "conversion" in text or "unsupported" in text:
+        return "unsupported"
+    return "corrupt"
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageError("too_large", f"{width}x{height} pixels; at most {max_pixels:,} are decoded")
+
+
+class ImageError(ValueError):
+    """Bytes that are no readable image.
+
+    Attributes:
+        reason: A stable word to count by: "empty", "not_an_image", "truncated", "corrupt", "too_large" or
+            "unsupported".
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)  # both in args, so that it survives pickling
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
+
+
+@dataclass(frozen=True)
+class Crops:
+    """One box an image, in pixels, and whether it is mirrored: int64 and bool arrays [B]."""
+
+    top: np.ndarray
+    left: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    flip: np.ndarray
+
+    def boxes(self) -> Iterator[tuple[int, int, int, int, bool]]:
+        """(top, left, height, width, flip) of each image as Python numbers, ready for ``crop_resize``."""
+        columns = (self.top, self.left, self.height, self.width, self.flip)
+        return zip(*(column.tolist() for column in columns), strict=True)

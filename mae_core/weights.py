@@ -1,0 +1,181 @@
+"""Weights in and out of the official MAE layout; its encoder keys are timm's own.
+
+The official layout is one flat state dict: timm's encoder keys beside ``decoder_embed``, ``mask_token``,
+``decoder_pos_embed``, ``decoder_blocks.N``, ``decoder_norm`` and ``decoder_pred``.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mae_core.model import MaskedAutoencoder
+
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+_ENCODER = "encoder."
+_SHAPES = "mae_core.shapes"
+
+
+def official_state(model: MaskedAutoencoder) -> dict[str, torch.Tensor]:
+    """The whole model's state dict in the official layout, sharing memory with the model."""
+    return {name.removeprefix(_ENCODER): tensor for name, tensor in model.state_dict().items()}
+
+
+def encoder_state(model: MaskedAutoencoder) -> dict[str, torch.Tensor]:
+    """The encoder's state dict under timm's keys, sharing memory with the model.
+
+    It loads with ``strict=True`` into ``timm.create_model`` of the same architecture and sizes
+    (``num_classes=0``, ``img_size``, and ``patch_size``, ``in_chans``, ``embed_dim``, ``depth``, ``num_heads``,
+    ``mlp_ratio`` where they were overridden).
+    """
+    return {
+        name.removeprefix(_ENCODER): tensor for name, tensor in model.state_dict().items() if name.startswith(_ENCODER)
+    }
+
+
+def save(model: MaskedAutoencoder, path: str | Path) -> None:
+    """Writes the whole model as safetensors in the official layout, whole or not at all.
+
+    What no tensor's shape tells (heads, a non-square image size) stands in the file's metadata.
+
+    Args:
+        model: The model.
+        path: A local file; replaced if it exists.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    tensors = {name: tensor.detach().contiguous() for name, tensor in official_state(model).items()}
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", _SHAPES: json.dumps(_unseen_shapes(model))})
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _unseen_shapes(model: MaskedAutoencoder) -> dict[str, int | list[int]]:
+    return {
+        "num_heads": model.num_heads,
+        "decoder_num_heads": model.decoder_heads,
+        "image_size": list(model.image_size),
+    }
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int | list[int]]]:
+    """A checkpoint's tensors and, where ``save`` wrote it, what their shapes do not tell."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get(_SHAPES, "{}"))
+                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+        # Resume files of the official code hold their arguments: a class of plain values, let in by name.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged or hostile file raises has no common class
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors (damaged, another format, or objects that "
+            "are not let in): expected a .pth with {'model': state_dict}, or a .safetensors file"
+        ) from error
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict: expected a .pth with {{'model': state_dict}}")
+    return state, {}
+
+
+def _depth(state: dict[str, torch.Tensor], prefix: str) -> int:
+    return len({match[1] for name in state if (match := re.match(rf"{prefix}\.(\d+)\.", name))})
+
+
+def _mlp_ratio(state: dict[str, torch.Tensor], width: int) -> float:
+    # timm rounds width * ratio down: the next float up keeps a rounded quotient from losing one.
+    return math.nextafter(len(state["blocks.0.mlp.fc1.weight"]) / width, math.inf)
+
+
+def _image_size(num_patches: int, patch_size: int, known: object, path: Path) -> tuple[int, int]:
+    if isinstance(known, list):
+        return known[0], known[1]
+    side = math.isqrt(num_patches)
+    if side * side != num_patches:
+        raise ValueError(f"{path}: {num_patches} positions are no square grid, and the file does not say which")
+    return side * patch_size, side * patch_size
+
+
+def _agreed(name: str, given: int, known: object, path: Path) -> int:
+    if isinstance(known, int) and given != known:
+        raise ValueError(f"{path} was written with {name}={known}, asked for was {given}: pass {name}={known}")
+    return given
+
+
+def load_official(
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    decoder_num_heads: int = 16,
+    mask_ratio: float = 0.75,
+    normalize_pixels: bool = False,
+) -> MaskedAutoencoder:
+    """Builds a model from a full checkpoint (encoder and decoder) in the official layout.
+
+    Sizes come from the tensors' shapes. Nothing in the file is executed.
+
+    Args:
+        path: A ``.pth`` file with ``{"model": state_dict}`` (a bare state dict will do), or ``.safetensors``.
+        num_heads: Encoder heads; None takes them from the file where ``save`` wrote it, else from the width
+            (that of ViT-Ti, S, B, L or H, else ``width // 64``).
+        decoder_num_heads: Decoder heads; no shape tells them.
+        mask_ratio: Of the model built.
+        normalize_pixels: Whether the checkpoint was trained on normalised pixels; no shape tells.
+
+    Returns:
+        The model on the current default device, in training mode.
+
+    Raises:
+        ValueError: No checkpoint, an encoder alone, keys or shapes of another model, or heads that do not fit.
+        OSError: The file cannot be opened.
+    """
+    path = Path(path)
+    state, known = _read(path)
+    if "cls_token" in state and not any(name.startswith(("decoder_", "mask_token")) for name in state):
+        raise ValueError(f"{path} holds an encoder alone: load it with timm, or give a full checkpoint")
+    needed = {"cls_token": 3, "pos_embed": 3, "mask_token": 3}
+    needed |= {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
+    if missing := [name for name in needed if name not in state]:
+        found = ", ".join(list(state)[:3])
+        raise ValueError(f"{path} is no checkpoint in the official layout: {missing[0]} is missing ({found}, ...)")
+    if wrong := [name for name, ndim in needed.items() if state[name].ndim != ndim]:
+        raise ValueError(f"{path}: {wrong[0]} has the shape {list(state[wrong[0]].shape)} of another layout")
+    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape
+    if num_heads is None:
+        num_heads = written if isinstance(written := known.get("num_heads"), int) else _HEADS.get(width, width // 64)
+    num_heads = _agreed("num_heads", num_heads, known.get("num_heads"), path)
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"{path}: {num_heads} heads do not divide the encoder's width {width}: pass num_heads")
+    model = MaskedAutoencoder(
+        image_size=_image_size(state["pos_embed"].shape[1] - 1, patch[-1], known.get("image_size"), path),
+        patch_size=patch[-1],
+        channels=patch[1],
+        width=width,
+        depth=_depth(state, "blocks"),
+        num_heads=num_heads,
+        mlp_ratio=_mlp_ratio(state, width),
+        decoder_width=state["mask_token"].shape[-1],
+        decoder_depth=_depth(state, "decoder_blocks"),
+        decoder_heads=_agreed("decoder_num_heads", decoder_num_heads, known.get("decoder_num_heads"), path),
+        mask_ratio=mask_ratio,
+        normalize_pixels=normalize_pixels,
+    )
+    names = {name.removeprefix(_ENCODER): name for name in model.state_dict()}
+    try:
+        model.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()}, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).splitlines()[1:2]).strip()
+        raise ValueError(f"{path} does not fit the official layout: {reason}") from error
+    return model

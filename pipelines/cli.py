@@ -1,0 +1,125 @@
+"""Flags and TOML files into frozen pydantic schemas; every mistake becomes one line."""
+
+import contextlib
+import difflib
+import io
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import pydantic
+import tyro
+
+from pipelines.errors import UserError
+
+T = TypeVar("T", bound=pydantic.BaseModel)
+
+_BOX = re.compile(r"[╭╮╰╯│─]+")
+# What tyro says when a schema refuses: "Error parsing model: 1 validation error for Model mask_ratio Input should be ..."
+_REFUSED = re.compile(
+    r"Error parsing (?P<section>\w+): \d+ validation errors? for \w+ (?P<told>.+?) "
+    r"\[type=(?P<type>\w+), input_value=(?P<found>.*?), input_type=.*"
+)
+
+
+def _one_line(text: str) -> str:
+    """The first paragraph of one of tyro's boxes, without the frame."""
+    paragraphs: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if re.search(r"[├─]{6}", line):
+            paragraphs.append([])
+        elif words := _BOX.sub(" ", line).split():
+            paragraphs[-1].append(" ".join(words))
+    told = [" ".join(lines) for lines in paragraphs if lines]
+    return (told[0] if told else text.strip()).rstrip(".")
+
+
+def _reason(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    found = f", found {first['input']!r}" if not isinstance(first.get("input"), dict) else ""
+    return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}{found}"
+
+
+def _refusal(schema: type[pydantic.BaseModel], refused: re.Match[str]) -> str:
+    section, told = refused["section"], refused["told"]
+    if refused["type"] == "value_error":
+        return told.removeprefix("Value error, ")
+    name, _, rest = told.partition(" ")
+    where = f"{section}.{name}" if section in schema.model_fields else name
+    return f"{where}: {rest}, found {refused['found']}"
+
+
+def parse(schema: type[T], *, prog: str, argv: Sequence[str] | None = None, default: T | None = None) -> T:
+    """Reads command-line flags into a frozen schema.
+
+    Args:
+        schema: The pydantic model; its docstring and the ones under its fields make ``--help``.
+        prog: The command's name as the user types it.
+        argv: The arguments without the command; those of the process where None.
+        default: Values for flags that are not given.
+
+    Raises:
+        UserError: An unknown flag or a value that does not fit.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            if default is None:
+                return tyro.cli(schema, prog=prog, args=arguments)
+            return tyro.cli(schema, prog=prog, args=arguments, default=default)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{_reason(error)} (see {prog} --help)") from None
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        line = _one_line(told.getvalue())
+        if refused := _REFUSED.match(line):
+            line = _refusal(schema, refused)
+        if line.startswith("Unrecognized options") and (near := _near_flags(schema, arguments)):
+            line += f"; did you mean {near}?"
+        raise UserError(f"{line} (see {prog} --help)") from None
+
+
+def flag_names(schema: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted names of a schema's leaves: file key, flag, Tune key and MLflow parameter alike."""
+    for name, field in schema.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
+            yield from flag_names(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _near_flags(schema: type[pydantic.BaseModel], arguments: list[str]) -> str:
+    known = {name.replace("_", "-"): name for name in flag_names(schema)}
+    for argument in arguments:
+        flag = argument.removeprefix("--").split("=")[0].replace("_", "-")
+        if argument.startswith("--") and flag not in known:
+            near = difflib.get_close_matches(flag, known, n=2, cutoff=0.6)
+            if near:
+                return " or ".join(f"--{name}" for name in near)
+    return ""
+
+
+def load_toml(schema: type[T], path: str) -> T:
+    """Reads a TOML file into a frozen schema.
+
+    Raises:
+        UserError: No such file, no TOML, an unknown key, or a value that does not fit.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            values = tomllib.load(file)
+    except FileNotFoundError:
+        raise UserError(f"no configuration file '{path}'") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from None
+    try:
+        return schema.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: {_reason(error)}") from None

@@ -1,0 +1,264 @@
+"""The configuration of a pretraining run: frozen schemas, one dotted name for each key.
+
+The name is the same in a TOML file, as a flag, in a Tune space and as an MLflow parameter. A derived number is a
+function here or where it is used, never a field.
+"""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from pipelines.errors import UserError
+
+SEED_LIMIT = 2**31
+
+
+class Section(pydantic.BaseModel):
+    """A group of keys; a key that it does not know is an error."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """Which run this is, and where it lies."""
+
+    name: str = Field("mae", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's identity: submitting the same name again continues it."""
+    storage: str = "runs"
+    """Folder or s3:// address that holds the runs, each in a folder of its name."""
+    experiment: str = "mae-on-ray"
+    """MLflow experiment."""
+    seed: int = Field(0, ge=0, lt=SEED_LIMIT)
+    """Defines every random choice, together with epoch and sample."""
+    init_from: str = ""
+    """Weights to begin with: an official MAE checkpoint (.pth) or a model.safetensors; empty: from scratch."""
+    allow_change: bool = False
+    """Continue a run although its configuration has changed."""
+
+
+class Data(Section):
+    """The images and how they are cropped."""
+
+    train: str = ""
+    """Shards to pretrain on: DIR, 'DIR/train-{000000..000012}.tar' or 'DIR/train-*.tar', local or s3://."""
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width of a training image in pixels."""
+    channels: Literal[1, 3] = 3
+    """1: grey, 3: RGB."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean of each channel, of values in 0..1."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest share of the image's area that a random crop covers."""
+    flip: bool = True
+    """Mirror half of the crops."""
+    cpus_per_task: float = Field(0.5, gt=0)
+    """CPUs that one reading and decoding task claims from Ray."""
+
+
+class Model(Section):
+    """The masked autoencoder."""
+
+    arch: str = "vit_base_patch16_224"
+    """A plain ViT of timm, by name."""
+    patch_size: int = Field(0, ge=0)
+    """Side of a patch in pixels; 0: as the architecture has it."""
+    width: int = Field(0, ge=0)
+    """Encoder width; 0: as the architecture has it."""
+    depth: int = Field(0, ge=0)
+    """Encoder blocks; 0: as the architecture has it."""
+    heads: int = Field(0, ge=0)
+    """Encoder heads; 0: as the architecture has it."""
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Share of the patches that is hidden from the encoder."""
+    target: Literal["raw", "normalized"] = "normalized"
+    """What is reconstructed: pixels, or pixels normalised within each patch."""
+    decoder_width: int = Field(512, gt=0)
+    """Decoder width."""
+    decoder_depth: int = Field(8, gt=0)
+    """Decoder blocks."""
+    decoder_heads: int = Field(16, gt=0)
+    """Decoder heads."""
+
+
+class Batch(Section):
+    """How a batch is cut."""
+
+    global_size: int = Field(4096, gt=0)
+    """Images an optimiser step, over all workers: part of what defines the result."""
+    micro_size: int = Field(64, gt=0)
+    """Largest number of images that a worker takes at once; the rest is accumulated."""
+
+
+class Optim(Section):
+    """AdamW and its schedule (paper, appendix A.1)."""
+
+    base_lr: float = Field(1.5e-4, gt=0)
+    """Learning rate for 256 images a step; it scales with the global batch."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decay of the weights, not of biases and one-dimensional parameters."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    warmup_epochs: float = Field(40.0, ge=0)
+    """Epochs over which the learning rate rises from 0, step by step."""
+
+
+class Train(Section):
+    """How long, and in what arithmetic."""
+
+    epochs: float = Field(800.0, ge=0)
+    """Passes over the training data; ignored where steps are given."""
+    steps: int = Field(0, ge=0)
+    """Optimiser steps; 0: as many as the epochs make."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on a GPU, float32 on a CPU."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+
+
+class Scale(Section):
+    """On what it runs; none of it changes the result beyond rounding."""
+
+    workers: int = Field(1, ge=1)
+    """Ray Train workers."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs that a worker claims from Ray; leave some for reading and decoding."""
+    gpu: bool = False
+    """One GPU for each worker."""
+    max_failures: int = Field(8, ge=-1)
+    """Restarts of the worker group after a failure; -1: without limit."""
+    address: str = ""
+    """Ray cluster to join ('auto': one on this machine); empty: RAY_ADDRESS, else a local Ray."""
+    segment_tasks: int = Field(64, ge=2)
+    """Reading tasks in one Ray Data execution; the next execution starts before the last has ended."""
+
+
+class Checkpoint(Section):
+    """When the state is saved."""
+
+    every_steps: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: by minutes alone."""
+    every_minutes: float = Field(10.0, gt=0)
+    """Minutes between checkpoints."""
+    keep: int = Field(3, ge=2)
+    """Checkpoints that are kept; at least two, so that a broken one has an older to fall back to."""
+
+
+class Probe(Section):
+    """What the features are worth, while pretraining runs and at its end."""
+
+    train: str = ""
+    """Labelled shards for the probes; empty: none."""
+    test: str = ""
+    """Labelled shards that are read once, at the end; empty: none."""
+    every_epochs: float = Field(0.0, ge=0)
+    """Epochs between probes on a validation split of probe.train; 0: at the start and the end only."""
+    knn_k: int = Field(20, gt=0)
+    """Neighbours that vote."""
+    pool: Literal["mean", "cls"] = "mean"
+    """Features: the mean of the patch tokens, or the class token."""
+    val_share: float = Field(0.1, gt=0, lt=1)
+    """Share of probe.train that is held out for choosing."""
+    crop_share: float = Field(0.875, gt=0, le=1)
+    """Side of the central crop over the image's shorter side."""
+    samples: int = Field(0, ge=0)
+    """Images of probe.train that are used; 0: all."""
+    random_baseline: bool = True
+    """Also score a randomly initialised encoder of the same shape at the end."""
+
+
+class Log(Section):
+    """What is told."""
+
+    every: int = Field(10, gt=0)
+    """Steps between two progress lines and two points of the record (means over the steps between)."""
+    pictures: int = Field(8, ge=0)
+    """Images in the reconstruction picture; 0: no picture."""
+    ids: bool = False
+    """Write the sample ids of every step to ids/ in the run's folder: a proof of the order, for audits."""
+
+
+class Config(Section):
+    """Pretrains a Vision Transformer as a masked autoencoder on WebDataset shards."""
+
+    run: Run = Run()
+    data: Data = Data()
+    model: Model = Model()
+    batch: Batch = Batch()
+    optim: Optim = Optim()
+    train: Train = Train()
+    scale: Scale = Scale()
+    checkpoint: Checkpoint = Checkpoint()
+    probe: Probe = Probe()
+    log: Log = Log()
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        data = self.data
+        if len(data.mean) != data.channels or len(data.std) != data.channels:
+            raise ValueError(
+                f"data.mean and data.std need one value for each of the {data.channels} data.channels, "
+                f"found {len(data.mean)} and {len(data.std)}"
+            )
+        if min(data.std) <= 0:
+            raise ValueError(f"data.std must be above 0, found {data.std}")
+        if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+            raise ValueError(f"data.crop_scale must rise within (0, 1], found {data.crop_scale}")
+        if min(data.image_size) <= 0:
+            raise ValueError(f"data.image_size must be above 0, found {data.image_size}")
+        if not all(0 <= beta < 1 for beta in self.optim.betas):
+            raise ValueError(f"optim.betas must lie in [0, 1), found {self.optim.betas}")
+        if self.train.steps == 0 and self.train.epochs == 0:
+            raise ValueError("give train.epochs or train.steps: both are 0")
+        if self.probe.test and not self.probe.train:
+            raise ValueError("probe.test is given without probe.train: the probes need labels to learn from")
+        return self
+
+
+def flat(section: pydantic.BaseModel, prefix: str = "") -> dict[str, Any]:
+    """All keys of a configuration under their dotted names."""
+    values: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, pydantic.BaseModel):
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = value
+    return values
+
+
+# What decides the numbers that a run produces: all but where it runs, how often it tells and where things lie.
+_RESULT = ("run.seed", "run.init_from", "data.", "model.", "batch.global_size", "optim.", "train.")
+_NOT_RESULT = ("data.train", "data.cpus_per_task", "train.compile")
+
+
+def identity(config: Config, data_digest: str) -> dict[str, Any]:
+    """What defines the result of a run: the same identity, the same losses, on any machines.
+
+    Args:
+        config: The resolved configuration.
+        data_digest: The training manifest's digest, which stands for where the shards lie.
+    """
+    values = {key: value for key, value in flat(config).items() if key.startswith(_RESULT) and key not in _NOT_RESULT}
+    return json.loads(json.dumps(values | {"data.digest": data_digest}))
+
+
+def identity_hash(values: dict[str, Any]) -> str:
+    """A short name for an identity: 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def total_steps(config: Config, num_samples: int) -> int:
+    """Optimiser steps of the run; the last batch may be partly filled.
+
+    Raises:
+        UserError: The epochs do not make a single step.
+    """
+    steps = config.train.steps or -int(-config.train.epochs * num_samples // config.batch.global_size)
+    if steps < 1:
+        raise UserError(f"train.epochs {config.train.epochs} of {num_samples} images are not one step")
+    return steps

@@ -1,0 +1,65 @@
+"""Lines from the workers in the driver's terminal, wherever they run."""
+
+import threading
+from typing import Any
+
+import ray
+
+
+@ray.remote(num_cpus=0)
+class Console:
+    """Carries lines from the workers to the driver's terminal, wherever they run."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._failure: tuple[str, bool] | None = None
+
+    def say(self, line: str) -> None:
+        """Adds a line."""
+        self._lines.append(line)
+
+    def take(self) -> list[str]:
+        """The lines since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+    def fail(self, reason: str, by_user: bool) -> None:
+        """Notes why trying again is of no use; the first reason stands.
+
+        Args:
+            reason: The error in one line.
+            by_user: Whether it is one that the user can mend.
+        """
+        self._failure = self._failure or (reason, by_user)
+
+    def failure(self) -> tuple[str, bool] | None:
+        """What was noted."""
+        return self._failure
+
+
+class Printer:
+    """Prints a console's lines from a thread while the driver waits for the run."""
+
+    def __init__(self, console: Any):
+        self._console = console
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._done.wait(0.5):
+            self._print()
+
+    def _print(self) -> None:
+        try:
+            lines = ray.get(self._console.take.remote(), timeout=30)
+        except ray.exceptions.RayError:
+            return
+        for line in lines:
+            print(line, flush=True)
+
+    def stop(self) -> None:
+        """Prints what is left."""
+        self._done.set()
+        self._thread.join()
+        self._print()

@@ -1,0 +1,162 @@
+"""The plan on Ray Data: reading tasks that deliver ready micro-batches, in order.
+
+One task reads the ranges of some grains, decodes, crops, and yields one row a micro-batch, so that Ray Data moves
+few large blocks. With ``preserve_order`` the blocks arrive in the plan's order, dealt round robin to the workers;
+each says which step and samples it holds.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import DataContext, DataIterator
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from pipelines.data.readers import MicroBatch, Stream, parse_micro_batch, read_micro_batches
+
+
+class _PlanSource(Datasource):
+    """Ray Data's view of a stretch of the plan: a task for each share, its blocks already whole."""
+
+    def __init__(self, stream: Stream, tasks: list[range]):
+        super().__init__()
+        self._stream = ray.put(stream)
+        self._tasks = tasks
+        height, width = stream.view.image_size
+        self._block_bytes = stream.cut.rows * height * width * stream.view.channels
+
+    def get_name(self) -> str:
+        return "Plan"
+
+    def estimate_inmemory_data_size(self) -> int:
+        return self._block_bytes * sum(len(task) for task in self._tasks)
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, **_: Any) -> list[ReadTask]:
+        """The tasks as they were cut, whatever parallelism is asked for: Ray Data also asks to learn the sizes."""
+        del parallelism, per_task_row_limit
+        return [self._task(task) for task in self._tasks]
+
+    def _task(self, indices: range) -> ReadTask:
+        reference = self._stream
+
+        def read() -> Iterable[pa.Table]:
+            return read_micro_batches(ray.get(reference), indices)
+
+        metadata = BlockMetadata(
+            num_rows=len(indices), size_bytes=self._block_bytes * len(indices), input_files=None, exec_stats=None
+        )
+        return ReadTask(read, metadata)
+
+
+def open_segment(stream: Stream, steps: tuple[int, int], *, num_cpus: float) -> list[DataIterator]:
+    """Starts one Ray Data execution over a stretch of steps, split among the workers.
+
+    Args:
+        stream: What to read.
+        steps: First step, and the one after the last.
+        num_cpus: CPUs that one reading task claims.
+
+    Returns:
+        One iterator for each worker: worker ``r`` receives micro-batches ``r, r + W, ...`` of the stretch.
+    """
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    # Blocks below this size are merged with their neighbours; each of ours must stay one micro-batch.
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    tasks = list(stream.cut.tasks(*steps))
+    dataset = ray.data.read_datasource(
+        _PlanSource(stream, tasks), override_num_blocks=len(tasks), num_cpus=num_cpus
+    )
+    return dataset.streaming_split(stream.cut.world_size, equal=False)
+
+
+def receive(iterator: DataIterator, stream: Stream) -> Iterator[MicroBatch]:
+    """A worker's micro-batches of one segment, in order."""
+    for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        assert isinstance(table, pa.Table)
+        assert table.num_rows == 1, f"a block holds {table.num_rows} micro-batches: Ray Data merged blocks"
+        yield parse_micro_batch(table, stream)
+
+
+Opener = Callable[[tuple[int, int]], DataIterator]
+
+
+def stream_batches(
+    stream: Stream, steps: tuple[int, int], *, rank: int, segment_tasks: int, open_share: Opener
+) -> Iterator[MicroBatch]:
+    """A worker's micro-batches of a whole run, over as many Ray Data executions as it takes.
+
+    The next execution is started from a thread while the last quarter of the present one is consumed, so that
+    nothing waits where they change. Every micro-batch is held against the plan: its number and its samples.
+
+    Args:
+        stream: What to read.
+        steps: First step, and the one after the last.
+        rank: This worker's rank.
+        segment_tasks: Reading tasks in one execution.
+        open_share: Called on every worker with a segment's steps; gives this worker's iterator.
+
+    Raises:
+        RuntimeError: What arrived is not what the plan says.
+    """
+    cut = stream.cut
+    segments = list(cut.segments(*steps, segment_tasks))
+    if not segments:
+        return
+    current = open_share(segments[0])
+    for number, (start, stop) in enumerate(segments):
+        following: _Later | None = None
+        ahead = stop - max(1, (stop - start) // 4)
+        batches = receive(current, stream)
+        for step in range(start, stop):
+            if step >= ahead and following is None and number + 1 < len(segments):
+                following = _Later(open_share, segments[number + 1])
+            for turn in range(cut.accumulation):
+                expected = step * cut.micros + turn * cut.world_size + rank
+                batch = next(batches, None)
+                _check(stream, expected, batch)
+                assert batch is not None
+                yield batch
+        if next(batches, None) is not None:
+            raise RuntimeError(f"the data of steps {start} to {stop - 1} holds more than the plan says")
+        if following is not None:
+            current = following.result()
+
+
+def _check(stream: Stream, expected: int, batch: MicroBatch | None) -> None:
+    if batch is None or batch.index != expected:
+        found = "nothing" if batch is None else f"number {batch.index}"
+        raise RuntimeError(f"the plan's next micro-batch is number {expected}, but {found} arrived")
+    _, sample_B, _ = stream.cut.micro_batch(stream.plan, expected)
+    if not np.array_equal(sample_B, batch.sample_B):
+        raise RuntimeError(f"micro-batch {expected} does not hold the samples that the plan says")
+
+
+class _Later:
+    """The result of a call that runs in a thread of its own."""
+
+    def __init__(self, call: Opener, argument: tuple[int, int]):
+        self._value: DataIterator | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(call, argument), daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Opener, argument: tuple[int, int]) -> None:
+        try:
+            self._value = call(argument)
+        except BaseException as error:  # handed to the thread that asks
+            self._error = error
+
+    def result(self) -> DataIterator:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._value is not None
+        return self._value

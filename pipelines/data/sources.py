@@ -1,0 +1,317 @@
+"""What a source of images holds, and its bytes: a folder, a tar, tar.gz or zip, scikit-learn's digits.
+
+An archive is never extracted to disk. Listing reads names and sizes; reading takes chosen images: a folder, a
+tar and a zip at random, a tar.gz in one pass from its beginning, in the archive's order.
+"""
+
+import functools
+import gzip
+import itertools
+import os
+import posixpath
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tarfile import EOFHeaderError, HeaderError  # type: ignore[attr-defined]
+from typing import BinaryIO, Literal, cast
+
+import numpy as np
+
+from pipelines.data.digits import digit_jpeg, list_digits
+from pipelines.errors import UserError
+
+Kind = Literal["folder", "tar", "tar.gz", "zip", "digits"]
+
+# What a file name may end with, and what a member of a shard ends with.
+IMAGE_EXTENSIONS = {
+    "jpg": "jpg",
+    "jpeg": "jpg",
+    "png": "png",
+    "webp": "webp",
+    "tif": "tif",
+    "tiff": "tif",
+    "bmp": "bmp",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of images: its kind, and its absolute path (empty for digits)."""
+
+    kind: Kind
+    path: str
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it can only be read from its beginning on."""
+        return self.kind == "tar.gz"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a source, sorted by path.
+
+    Attributes:
+        source: Where they lie.
+        paths: Relative to the source, with forward slashes.
+        sizes_S: int64, bytes of each image.
+        wheres_S: int64, what finds each one: offset in a tar, ordinal of the member in a tar.gz or zip.
+        left_out: How many other files there are, by reason.
+    """
+
+    source: Source
+    paths: list[str]
+    sizes_S: np.ndarray
+    wheres_S: np.ndarray
+    left_out: dict[str, int]
+
+
+def image_extension(name: str) -> str | None:
+    """The extension that a shard gives to an image of this name; None where it is no image."""
+    return IMAGE_EXTENSIONS.get(posixpath.splitext(name)[1][1:].lower())
+
+
+def find_source(text: str) -> Source:
+    """Recognises a source; archives by their first bytes, not by their name.
+
+    Raises:
+        UserError: There is no such file or folder, or it is of another kind.
+    """
+    if text == "digits":
+        return Source("digits", "")
+    if "://" in text:
+        raise UserError(f"source '{text}' is a URI: images are packed from a folder or archive on a file system")
+    path = Path(text).expanduser().absolute()
+    if path.is_dir():
+        return Source("folder", str(path))
+    if not path.is_file():
+        raise UserError(f"no source '{text}': name a folder, a .tar, .tar.gz or .zip file, or 'digits'")
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start[:2] == b"\x1f\x8b":
+        return Source("tar.gz", str(path))
+    if start[:2] == b"PK":
+        return Source("zip", str(path))
+    if start[257:262] == b"ustar" or _is_old_tar(start):
+        return Source("tar", str(path))
+    found = f"{path.stat().st_size} bytes, beginning with {start[:8]!r}"
+    raise UserError(f"source '{text}' ({found}) is no folder and no whole tar, tar.gz or zip")
+
+
+def _is_old_tar(start: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(start, "utf-8", "replace")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def list_images(source: Source, split: str, progress: Callable[[int], None] = lambda _: None) -> Listing:
+    """Lists the images of a source by reading names and sizes only.
+
+    Hidden files and folders (and ``__MACOSX``) do not count. Of a path that an archive holds twice, the last
+    one is taken, as extracting would.
+
+    Args:
+        source: Where to look.
+        split: ``train`` or ``test``, where the source is divided by itself (digits).
+        progress: Called with the number of images so far, often.
+
+    Raises:
+        UserError: An archive is truncated or unreadable, or there is no image.
+    """
+    left_out: Counter[str] = Counter()
+    found: dict[str, tuple[int, int]] = {}
+    for path, size, where in _entries(source, split, left_out):
+        path = posixpath.normpath(path).lstrip("/")
+        if any(part.startswith(".") or part == "__MACOSX" for part in path.split("/")):
+            continue
+        if image_extension(path) is None:
+            left_out["not an image"] += 1
+        elif size == 0:
+            left_out["empty"] += 1
+        else:
+            left_out["twice in the archive"] += path in found
+            found[path] = (size, where)
+            if len(found) % 1000 == 0:
+                progress(len(found))
+    if not found:
+        known = " ".join(IMAGE_EXTENSIONS)
+        others = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "it is empty"
+        raise UserError(f"source '{source.path}' holds no image ({others}): looked for {known}")
+    paths = sorted(found)
+    columns = np.array([found[path] for path in paths], np.int64)
+    reasons = {reason: count for reason, count in left_out.items() if count}
+    return Listing(source, paths, columns[:, 0].copy(), columns[:, 1].copy(), reasons)
+
+
+def read_images(
+    source: Source, paths: Sequence[str], sizes_S: np.ndarray, wheres_S: np.ndarray
+) -> Iterator[tuple[int, bytes]]:
+    """Reads chosen images of a listing.
+
+    Yields:
+        The image's position in ``paths`` and its bytes: in the order of ``paths``, or in the archive's where
+        it is streamed.
+
+    Raises:
+        UserError: The archive is unreadable, or an image is not as it was when listed.
+    """
+    if source.streamed:
+        found = _read_stream(source, {int(where): position for position, where in enumerate(wheres_S)})
+    else:
+        found = ((n, _read(source, path, int(sizes_S[n]), int(wheres_S[n]))) for n, path in enumerate(paths))
+    for position, data in found:
+        if len(data) != sizes_S[position]:
+            raise UserError(
+                f"'{paths[position]}' in '{source.path}' had {sizes_S[position]} bytes and now has "
+                f"{len(data)}: the source changed while it was packed; run again when it is at rest"
+            )
+        yield position, data
+
+
+def _entries(source: Source, split: str, left_out: Counter[str]) -> Iterator[tuple[str, int, int]]:
+    """Yields path, size and where of all regular files."""
+    if source.kind == "folder":
+        yield from _folder_entries(source.path, left_out)
+    elif source.kind == "digits":
+        yield from list_digits(split)
+    elif source.kind == "zip":
+        with _told(source.path), zipfile.ZipFile(source.path) as archive:
+            for where, info in enumerate(archive.infolist()):
+                if info.external_attr >> 28 == 0o12:
+                    left_out["links"] += 1
+                elif info.flag_bits & 1:
+                    raise UserError(f"'{source.path}' is encrypted: unpack it and name the folder")
+                elif not info.is_dir():
+                    yield info.filename.replace("\\", "/"), info.file_size, where
+    else:
+        for where, member, _ in _tar_members(source):
+            if member.issym() or member.islnk():
+                left_out["links"] += 1
+            elif member.isreg() and not member.issparse():
+                yield member.name, member.size, where if source.streamed else member.offset_data
+
+
+def _folder_entries(root: str, left_out: Counter[str]) -> Iterator[tuple[str, int, int]]:
+    # Links to folders are followed, each folder once, so that a link to a parent ends.
+    seen = set()
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        info = Path(root, folder).stat()
+        if (info.st_dev, info.st_ino) in seen:
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        with os.scandir(os.path.join(root, folder)) as entries:  # noqa: PTH118 (a Path for each of a million files)
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(path)
+                elif entry.is_file():
+                    yield path, entry.stat().st_size, 0
+                else:
+                    left_out["not a file"] += 1
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """A header that must be whole: tarfile takes a damaged one for the end, and so drops what follows."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile):
+        try:
+            return super().fromtarfile(tarfile)
+        except HeaderError as error:
+            if isinstance(error, EOFHeaderError) or not tarfile.offset:
+                raise
+            raise EOFError(f"at byte {tarfile.offset}: {error}") from None
+
+
+def walk_tar(file: BinaryIO) -> Iterator[tuple[int, tarfile.TarInfo, tarfile.TarFile]]:
+    """Reads the headers of an uncompressed tar stream, seeking forward over what lies between.
+
+    Unlike ``tarfile`` alone it does not take a tar that is cut between two members for a whole one.
+
+    Yields:
+        Ordinal, member, and the archive, from which the member can be extracted until the next step.
+
+    Raises:
+        EOFError, tarfile.TarError: The tar is damaged or cut, with the byte.
+    """
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=_StrictHeader) as archive:
+        for ordinal in itertools.count():
+            try:
+                member = archive.next()
+            except tarfile.ReadError as error:
+                raise EOFError(f"before byte {archive.offset}: {error}") from None
+            if member is None:
+                return
+            yield ordinal, member, archive
+            archive.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte a member
+
+
+def _tar_members(source: Source) -> Iterator[tuple[int, tarfile.TarInfo, tarfile.TarFile]]:
+    with _told(source.path):
+        if not source.streamed:
+            with Path(source.path).open("rb") as file:
+                yield from walk_tar(file)
+            return
+        with gzip.open(source.path) as file:
+            yield from walk_tar(cast(BinaryIO, file))
+            while file.read(1 << 20):  # to the checksum at the end
+                pass
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """Says what is wrong with an archive in one line."""
+    try:
+        yield
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"'{path}' is truncated or damaged ({error}): fetch it again") from None
+    except (NotImplementedError, RuntimeError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): unpack it and name the folder") from None
+
+
+def _read(source: Source, path: str, size: int, where: int) -> bytes:
+    if source.kind == "folder":
+        return Path(source.path, path).read_bytes()
+    if source.kind == "digits":
+        return digit_jpeg(where)
+    with _told(source.path):
+        if source.kind == "tar":
+            return os.pread(_open_tar(source.path).fileno(), size, where)
+        archive, members = _open_zip(source.path)
+        return archive.read(members[where])
+
+
+# Archives stay open for a worker's next shard: a zip of a million members takes seconds to open.
+@functools.lru_cache(maxsize=1)
+def _open_tar(path: str) -> BinaryIO:
+    return Path(path).open("rb")
+
+
+@functools.lru_cache(maxsize=1)
+def _open_zip(path: str) -> tuple[zipfile.ZipFile, list[zipfile.ZipInfo]]:
+    archive = zipfile.ZipFile(path)
+    return archive, archive.infolist()
+
+
+def _read_stream(source: Source, positions: dict[int, int]) -> Iterator[tuple[int, bytes]]:
+    missing = len(positions)
+    for ordinal, member, archive in _tar_members(source):
+        position = positions.get(ordinal)
+        if position is not None:
+            data = archive.extractfile(member)
+            assert data is not None, member.name
+            yield position, data.read()
+            missing -= 1
+            if not missing:
+                return  # the rest was found whole when it was listed

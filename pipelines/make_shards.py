@@ -1,0 +1,310 @@
+"""Packs images into shards: ``python -m pipelines.make_shards --source photos/ --out shards/``."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow.fs as pafs
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipelines.cli import parse
+from pipelines.data.index import index_name, read_index
+from pipelines.data.packing import Packing, PackingOptions, ShardPlan, group_shards, plan_packing
+from pipelines.data.shards import INFO, STATE, Manifest, encode_info, file_sizes
+from pipelines.data.sources import Source, find_source, list_images
+from pipelines.data.writing import write_shards
+from pipelines.errors import UserError, run_command
+from pipelines.storage import Store, absolute
+
+PROG = "python -m pipelines.make_shards"
+_SKIPPED = "skipped.jsonl"
+_REPORT_EVERY_S = 3.0
+_STOP_WITHIN_S = 10.0
+_READ_AHEAD = 16
+
+
+class MakeShards(BaseModel):
+    """Packs a folder, a .tar, .tar.gz or .zip of images into WebDataset shards with an index and a manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    """A folder of class folders or of images, an archive of either, or 'digits'."""
+    out: str
+    """Folder or s3:// address of the shards; one folder holds one split."""
+    split: str = Field("train", pattern=r"^[A-Za-z0-9_-]+$")
+    """Name of the split, and the beginning of each shard's name."""
+    shard_mib: int = Field(256, ge=1)
+    """About how large a shard may grow; a small data set is cut into 8 shards or so all the same."""
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    """Seed of the order in which samples are scattered over the shards."""
+    resize: int = Field(0, ge=0)
+    """Shorter side in pixels of what is larger; 0 stores every file as it is, byte for byte."""
+    quality: int = Field(90, ge=1, le=100)
+    """JPEG quality of images that --resize makes smaller."""
+    labels: Literal["auto", "none"] = "auto"
+    """Whether class folders become labels."""
+    workers: int = Field(0, ge=0)
+    """Tasks at once; 0: as many as there are CPUs."""
+    overwrite: bool = False
+    """Replace the shards that another packing left in the folder."""
+
+
+@dataclass
+class _Progress:
+    """A line every few seconds."""
+
+    images: int
+    done: int = 0
+    read: int = 0
+
+    def __post_init__(self) -> None:
+        self._last = time.monotonic()
+        self._first: tuple[float, int, int] | None = None
+
+    def add(self, images: int, size: int) -> None:
+        self.done += images
+        self.read += size
+        now = time.monotonic()
+        if self._first is None:
+            # The first images come with the start of a worker: no rate is in them.
+            self._first = (now, self.done, self.read)
+        if now - self._last < _REPORT_EVERY_S:
+            return
+        self._last = now
+        start, done, read = self._first
+        line = f"{self.done:,} of {self.images:,} images"
+        if now > start and self.done > done:
+            images_per_s = (self.done - done) / (now - start)
+            line += f", {images_per_s:,.0f} images/s, {(self.read - read) / (now - start) / 1e6:.1f} MB/s"
+            line += f", {(self.images - self.done) / images_per_s:.0f} s left"
+        print(line, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    Raises:
+        UserError: The source or the folder is not as it must be.
+    """
+    args = parse(MakeShards, prog=PROG, argv=argv)
+    start = time.monotonic()
+    store = Store(absolute(args.out))
+    options = PackingOptions(
+        split=args.split,
+        shard_bytes=args.shard_mib << 20,
+        seed=args.seed,
+        resize=args.resize,
+        quality=args.quality,
+        labels=args.labels == "auto",
+    )
+    listing = list_images(find_source(args.source), args.split, _say_listed())
+    packing = plan_packing(listing, options)
+    waiting = _prepare(store, packing, overwrite=args.overwrite)
+    if waiting is None:
+        print(f"{store.location} already holds these {len(listing.paths):,} images: nothing to do")
+        return 0
+
+    kept = len(packing.shards) - len(waiting)
+    print(f"packing {len(listing.paths):,} images into {len(packing.shards)} shards in {store.location}", flush=True)
+    if kept:
+        print(f"{kept} of them are whole from an earlier run and kept", flush=True)
+    _pack(packing, waiting, store, args.workers)
+    manifest, num_skipped = _finish(packing, store)
+    _summarise(manifest, num_skipped, listing.left_out, time.monotonic() - start)
+    return 0
+
+
+def _say_listed():
+    last = time.monotonic()
+
+    def say(count: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > _REPORT_EVERY_S:
+            last = time.monotonic()
+            print(f"listed {count:,} images", flush=True)
+
+    return say
+
+
+def _prepare(store: Store, packing: Packing, *, overwrite: bool) -> list[ShardPlan] | None:
+    """Makes the folder ready; returns the shards still to be written, None where all is done.
+
+    Raises:
+        UserError: The folder holds something else.
+    """
+    sizes = file_sizes(store) or {}
+    present = [name for name in store.names() if not name.startswith(".")]
+    state = _read_state(store) if STATE in present else None
+    if state and state["digest"] == packing.digest:
+        waiting = [shard for shard in packing.shards if not _is_whole(store, shard, sizes)]
+        if INFO in present and not waiting:
+            return None
+    else:
+        waiting = list(packing.shards)
+        if present:
+            _clear(store, packing, present, state, overwrite=overwrite)
+    # What a killed run was writing; its name cannot be taken for a shard's, but it fills the disk.
+    if store.is_local:
+        for path in store.local().glob(".*.tmp"):
+            if _is_packed(path.name[1:].rsplit(".", 2)[0]):
+                path.unlink(missing_ok=True)
+    store.write(STATE, json.dumps({"digest": packing.digest, "split": packing.options.split}) + "\n")
+    return waiting
+
+
+def _clear(store: Store, packing: Packing, present: list[str], state: dict | None, *, overwrite: bool) -> None:
+    ours = [name for name in present if _is_packed(name)]
+    foreign = [name for name in present if not _is_packed(name)]
+    if state is None or foreign:
+        example = (foreign or present)[0]
+        raise UserError(f"{store.location} holds other files ('{example}'): name an empty folder by --out")
+    if not overwrite:
+        if state["split"] != packing.options.split:
+            raise UserError(
+                f"{store.location} holds the split '{state['split']}', and one folder holds one split: "
+                f"name another --out for '{packing.options.split}', or replace it by --overwrite"
+            )
+        raise UserError(
+            f"{store.location} holds shards of another input or other options: "
+            "name another --out, or replace them by --overwrite"
+        )
+    filesystem, root = pafs.FileSystem.from_uri(store.location)
+    # The manifest goes first: from here on nothing looks whole.
+    # The state goes last: until then this is a packing that can be replaced.
+    for name in sorted(ours, key=lambda name: (name != INFO, name == STATE)):
+        filesystem.delete_file(f"{root}/{name}")
+
+
+def _is_packed(name: str) -> bool:
+    return name in (INFO, STATE, _SKIPPED) or name.endswith((".tar", ".index.arrow"))
+
+
+def _read_state(store: Store) -> dict:
+    try:
+        state = json.loads(store.read(STATE))
+        return {"digest": state["digest"], "split": state["split"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{store.path(STATE)} is damaged: name another --out") from None
+
+
+def _is_whole(store: Store, shard: ShardPlan, sizes: dict[str, int]) -> bool:
+    if shard.name not in sizes or index_name(shard.name) not in sizes:
+        return False
+    try:
+        _, facts = read_index(store, shard.name)
+    except UserError:
+        return False
+    return facts.get("tar_bytes") == str(sizes[shard.name])
+
+
+def _pack(packing: Packing, waiting: list[ShardPlan], store: Store, workers: int) -> None:
+    import ray  # seconds to import, and a wrong flag should not wait for it
+    from ray.exceptions import RayError, RayTaskError
+
+    from pipelines.ray_session import connect
+
+    with connect(num_cpus=workers):
+        progress = _Progress(sum(len(shard.keys) for shard in waiting))
+        at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        groups = group_shards(waiting, packing.source, at_once)[::-1]
+        task: Any = ray.remote(num_cpus=1, num_returns="streaming")(_write_task)
+        running: list[Any] = []  # streams of a task's progress
+        try:
+            while groups or running:
+                while groups and len(running) < at_once:
+                    running.append(task.remote(groups.pop(), packing.source, packing.options, store))
+                ready: list[Any] = ray.wait(running, num_returns=1, timeout=1.0)[0]
+                for stream in ready:
+                    try:
+                        progress.add(*ray.get(next(stream)))
+                    except StopIteration:
+                        running.remove(stream)
+        except RayTaskError as error:
+            if isinstance(error.cause, OSError) and not error.cause.filename:
+                # A full disk or an object store that says no: neither names the place.
+                reason = error.cause.strerror or str(error.cause)
+                raise UserError(f"cannot write to {store.location}: {reason}") from None
+            if isinstance(error.cause, UserError | OSError):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"a packing task died ({reason}): run again, with fewer --workers") from None
+        finally:
+            _stop(running)
+
+
+def _stop(running: list[Any]) -> None:
+    """Cancels tasks, and gives them the time to remove what they were writing."""
+    import ray
+    from ray.exceptions import RayError
+
+    for stream in running:
+        ray.cancel(stream)
+    deadline = time.monotonic() + _STOP_WITHIN_S
+    while running and time.monotonic() < deadline:
+        ready: list[Any] = ray.wait(running, num_returns=1, timeout=1.0)[0]
+        for stream in ready:
+            try:
+                ray.get(next(stream))
+            except (StopIteration, RayError):
+                running.remove(stream)
+
+
+def _write_task(
+    shards: list[ShardPlan], source: Source, options: PackingOptions, store: Store
+) -> Iterator[tuple[int, int]]:
+    """Writes some shards; yields images and bytes about twice a second."""
+    images = size = 0
+    last = time.monotonic()
+    for more_images, more_size in write_shards(shards, source, options, store):
+        images += more_images
+        size += more_size
+        if time.monotonic() - last > 0.5:
+            yield images, size
+            images, size, last = 0, 0, time.monotonic()
+    yield images, size
+
+
+def _finish(packing: Packing, store: Store) -> tuple[Manifest, int]:
+    """Writes the list of skipped images, and last of all the manifest."""
+    with ThreadPoolExecutor(_READ_AHEAD) as pool:
+        read = list(pool.map(lambda shard: read_index(store, shard.name), packing.shards))
+    skipped = [line for _, facts in read for line in json.loads(facts["skipped"])]
+    manifest = Manifest(
+        location=store.location,
+        split=packing.options.split,
+        shard_names=tuple(shard.name for shard in packing.shards),
+        shard_lengths=tuple(len(index) for index, _ in read),
+        shard_bytes=tuple(int(facts["tar_bytes"]) for _, facts in read),
+        shard_digests=tuple(facts["tar_sha256"] for _, facts in read),
+        classes=packing.classes,
+    )
+    if skipped:
+        store.write(_SKIPPED, "".join(json.dumps(line) + "\n" for line in skipped))
+    if not manifest.num_samples:
+        raise UserError(f"none of the {len(skipped):,} images can be decoded: see {store.path(_SKIPPED)}")
+    store.write(INFO, encode_info(manifest))
+    return manifest, len(skipped)
+
+
+def _summarise(manifest: Manifest, num_skipped: int, left_out: dict[str, int], taken: float) -> None:
+    classes = ", ".join(manifest.classes[:3]) + (", ..." if len(manifest.classes) > 3 else "")
+    classes = f" in {len(manifest.classes)} classes ({classes})" if manifest.labelled else " without labels"
+    size = sum(manifest.shard_bytes) / 1e6
+    line = f"packed {manifest.num_samples:,} images{classes} into {len(manifest.shard_names)} shards"
+    line += f", {size:,.1f} MB, in {taken:.1f} s"
+    if num_skipped:
+        line += f"; {num_skipped:,} cannot be decoded and are left out, listed in {_SKIPPED}"
+    if left_out:
+        line += "; other files left out: " + ", ".join(f"{count:,} {why}" for why, count in left_out.items())
+    print(line)
+    print(f"next: python -m pipelines.pretrain --data.train {manifest.location}")
+
+
+if __name__ == "__main__":
+    run_command(main)

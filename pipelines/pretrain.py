@@ -1,0 +1,314 @@
+"""Pretrains a Vision Transformer as a masked autoencoder on WebDataset shards.
+
+    python -m pipelines.pretrain --config pipelines/recipes/digits.toml
+    ray job submit --working-dir . -- python pipelines/pretrain.py --config pipelines/recipes/digits.toml
+
+Every key of the configuration is a flag (``--model.mask-ratio 0.6``) and a key of the TOML file. Submitting the
+same ``run.name`` again continues the run from its last checkpoint; a finished one says so.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from pipelines.cli import load_toml, parse
+from pipelines.config import Config, flat, identity, identity_hash, total_steps
+from pipelines.console import Console, Printer
+from pipelines.data.shards import Manifest, load_manifest
+from pipelines.errors import UserError, run_command
+from pipelines.ray_session import connect
+from pipelines.storage import Store, absolute
+from pipelines.tracking import DatasetInput, RunDescription, create_run, resolve_tracking_uri, send
+from pipelines.training.build import check_model
+from pipelines.training.loop import Job, train_worker
+from pipelines.training.runfolder import RunFolder
+
+PROG = "python -m pipelines.pretrain"
+_PACKAGES = ("ray", "torch", "timm", "mlflow", "pyarrow", "numpy")
+
+
+def read_config(argv: Sequence[str] | None = None) -> Config:
+    """The configuration from ``--config FILE``, overridden by flags.
+
+    Raises:
+        UserError: An unknown key or flag, or a value that does not fit.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    default = Config()
+    for position, argument in enumerate(arguments):
+        if argument == "--config":
+            if position + 1 == len(arguments):
+                raise UserError("--config needs a TOML file")
+            default = load_toml(Config, arguments[position + 1])
+            del arguments[position : position + 2]
+            break
+        if argument.startswith("--config="):
+            default = load_toml(Config, argument.split("=", 1)[1])
+            del arguments[position]
+            break
+    if "--help" in arguments or "-h" in arguments:
+        print("--config FILE reads a TOML file first; flags go over it. Recipes: pipelines/recipes/*.toml\n")
+    return parse(Config, prog=PROG, argv=arguments, default=default)
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with every path absolute, since workers run in other folders and on other machines."""
+    values = config.model_dump()
+    values["run"]["storage"] = absolute(config.run.storage)
+    for section, key in (("data", "train"), ("probe", "train"), ("probe", "test")):
+        if values[section][key]:
+            values[section][key] = absolute(values[section][key])
+    if config.run.init_from:
+        values["run"]["init_from"] = absolute(config.run.init_from)
+    return Config.model_validate(values)
+
+
+def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
+    """Finds what is wrong before anything starts.
+
+    Returns:
+        The manifests of the training images, and of the probes' training and test images.
+
+    Raises:
+        UserError: Something is.
+    """
+    if not config.data.train:
+        raise UserError(f"data.train is not given: name shards with --data.train DIR (see {PROG} --help)")
+    check_model(config)
+    if config.run.init_from and not Path(config.run.init_from).is_file():
+        raise UserError(f"run.init_from: no file '{config.run.init_from}'")
+    if config.log.ids and not Store(config.run.storage).is_local:
+        raise UserError("log.ids writes to a local run.storage only")
+    train = load_manifest(config.data.train)
+    total_steps(config, train.num_samples)
+    probes = [load_manifest(where) if where else None for where in (config.probe.train, config.probe.test)]
+    for name, manifest in zip(("probe.train", "probe.test"), probes, strict=True):
+        if manifest is not None and not manifest.classes:
+            raise UserError(f"{name}: the shards in {manifest.location} have no labels, and a probe needs them")
+    labelled, test = probes
+    if labelled and test and labelled.classes != test.classes:
+        missing = sorted(set(test.classes) ^ set(labelled.classes))
+        raise UserError(f"probe.train and probe.test do not have the same classes: {', '.join(missing[:5])} ...")
+    return train, labelled, test
+
+
+def check_resources(config: Config) -> None:
+    """Holds what the run asks for against what this machine has.
+
+    Raises:
+        UserError: It can never be met.
+    """
+    have, scale = ray.cluster_resources(), config.scale
+    if config.scale.address or os.environ.get("RAY_ADDRESS"):
+        return  # a cluster may still grow: Ray waits for what is missing
+    cpus = have.get("CPU", 0)
+    wanted = scale.workers * scale.cpus_per_worker
+    if wanted + config.data.cpus_per_task > cpus:
+        share = max(0.0, (cpus - config.data.cpus_per_task) / scale.workers)
+        raise UserError(
+            f"{scale.workers} workers with {scale.cpus_per_worker:g} CPUs each and {config.data.cpus_per_task:g} for "
+            f"reading data are more than the {cpus:g} CPUs there are: lower scale.workers, or set "
+            f"scale.cpus_per_worker to {share:.2g} or less"
+        )
+    if scale.gpu and scale.workers > have.get("GPU", 0):
+        raise UserError(
+            f"scale.gpu asks for {scale.workers} GPUs, one for each worker; there are {have.get('GPU', 0):g}"
+        )
+
+
+def open_run(config: Config, data_digest: str) -> dict[str, Any] | None:
+    """Makes the run's folder, or finds the run that its name continues.
+
+    Returns:
+        The result of a run that has finished already, else None.
+
+    Raises:
+        UserError: A run of this name has another configuration.
+    """
+    store = Store(config.run.storage).child(config.run.name)
+    mine = identity(config, data_digest)
+    if store.exists("identity.json"):
+        theirs = json.loads(store.read("identity.json"))
+        changed = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        if changed and not config.run.allow_change:
+            key = changed[0]
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise UserError(
+                f"run '{config.run.name}' exists with another configuration: {key} was {theirs.get(key)!r}, is now "
+                f"{mine.get(key)!r}{more}; choose another --run.name, or --run.allow-change to continue it so"
+            )
+        if not changed and store.exists("result.json"):
+            return json.loads(store.read("result.json"))
+    store.write("config.json", config.model_dump_json(indent=2) + "\n")
+    store.write("config.toml", to_toml(config))
+    store.write("identity.json", json.dumps(mine, indent=2))
+    return None
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as a file that ``--config`` takes."""
+    lines = [f"# Resolved configuration of the run '{config.run.name}'. Feed it back with --config."]
+    for name in type(config).model_fields:
+        lines.append(f"\n[{name}]")
+        for key, value in getattr(config, name).model_dump().items():
+            # JSON's strings, numbers, booleans and arrays are TOML's.
+            lines.append(f"{key} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, with a mark where it was changed; ``unknown`` outside a checkout."""
+    root = Path(__file__).parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def describe(config: Config, data: dict[str, Manifest | None]) -> RunDescription:
+    """What MLflow is told about the run before it starts."""
+    versions = {f"version.{name}": importlib.metadata.version(name) for name in _PACKAGES}
+    train = data["train"]
+    assert train is not None
+    return RunDescription(
+        experiment=config.run.experiment,
+        name=config.run.name,
+        params=flat(config),
+        tags={
+            "git.commit": git_commit(),
+            "python": platform.python_version(),
+            "data.digest": train.digest,
+            "identity": identity_hash(identity(config, train.digest)),
+            "storage": config.run.storage,
+            **versions,
+        },
+        datasets=tuple(
+            DatasetInput(
+                name=name,
+                digest=manifest.digest,
+                source=manifest.location,
+                num_samples=manifest.num_samples,
+                context=name,
+            )
+            for name, manifest in data.items()
+            if manifest is not None
+        ),
+    )
+
+
+def fit(job: Job) -> None:
+    """Runs the workers until the run has ended; lost ones are replaced.
+
+    Raises:
+        ray.train.TrainingFailedError: It failed for good.
+    """
+    scale = job.config.scale
+    printer = Printer(job.console)
+    resources = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.gpu else {})}
+    try:
+        ray.train.torch.TorchTrainer(
+            lambda: train_worker(job),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=scale.workers, use_gpu=scale.gpu, resources_per_worker=resources
+            ),
+            # Ray Train keeps its own notes there; the checkpoints are ours (training/checkpoint.py).
+            run_config=ray.train.RunConfig(
+                name="ray-train",
+                storage_path=Store(job.config.run.storage).child(job.config.run.name).location,
+                failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        ).fit()
+    finally:
+        printer.stop()
+
+
+def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: float) -> str:
+    """What a person wants to know at the end."""
+    scores = result["scores"]
+    folder = Store(config.run.storage).child(config.run.name)
+    lines = ["", f"run '{config.run.name}' finished: {result['step']} steps in {seconds / 60:.1f} min"]
+    if "test/knn_top1" in scores:
+        lines.append("top-1 on the test images, of features from")
+        lines.append(f"{'':24}{'kNN':>10}{'linear probe':>16}")
+        for title, prefix in (("the random encoder", "test/random_"), ("the pretrained encoder", "test/")):
+            if f"{prefix}knn_top1" in scores:
+                knn, linear = scores[f"{prefix}knn_top1"], scores[f"{prefix}linear_top1"]
+                lines.append(f"  {title:22}{knn:>8.1f} %{linear:>14.1f} %")
+    else:
+        lines += [f"  {name} {value:.2f}" for name, value in scores.items()]
+    if result["skipped"]:
+        lines.append(f"unreadable samples: {result['skipped']} times, listed in {folder.path('skipped.jsonl')}")
+    if config.log.pictures:
+        picture = f"pictures/reconstruction-{result['step']:08d}.png"
+        lines.append(f"picture    {folder.path(picture)}")
+    lines.append(f"run        {folder.location}")
+    if tracking_uri.startswith("sqlite:///"):
+        lines.append(f"MLflow UI  mlflow ui --backend-store-uri {tracking_uri}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    started = time.perf_counter()
+    config = resolve(read_config(argv))
+    train, labelled, test = check(config)
+    tracking_uri = resolve_tracking_uri(config.run.storage)
+    result = open_run(config, train.digest)
+    store = Store(config.run.storage).child(config.run.name)
+    if result is not None:
+        print(f"run '{config.run.name}' has finished already; nothing to do")
+        print(summary(config, result, tracking_uri, 0.0))
+        return 0
+    with connect(address=config.scale.address):
+        check_resources(config)
+        folder = RunFolder(store)
+        description = describe(config, {"train": train, "probe_train": labelled, "probe_test": test})
+        create_run(folder.path, description, tracking_uri=tracking_uri)
+        folder.push()
+        print(
+            f"run '{config.run.name}': {train.num_samples:,} images, {total_steps(config, train.num_samples):,} steps "
+            f"of {config.batch.global_size} on {config.scale.workers} workers",
+            flush=True,
+        )
+        console: Any = Console.remote()  # type: ignore[attr-defined]
+        try:
+            fit(Job(config, train, labelled, test, console))
+        except ray.train.TrainingFailedError as error:
+            return _failed(store, folder, str(error))
+        if failure := ray.get(console.failure.remote()):
+            return _failed(store, folder, failure[0])
+    left = send(folder.path, timeout_s=30.0) if store.is_local else None
+    result = json.loads(store.read("result.json"))
+    print(summary(config, result, tracking_uri, time.perf_counter() - started))
+    if left is not None and left.left:
+        print(f"{left.left} lines of the record are not in MLflow yet: python -m pipelines.sync {config.run.name}")
+    return 0
+
+
+def _failed(store: Store, folder: RunFolder, error: str) -> int:
+    """Keeps the whole error in a file, and shows its last line."""
+    store.write("error.log", error)
+    reasons = [line for line in error.splitlines() if line.strip()]
+    print(f"error: training failed: {reasons[-1].strip()} (all of it: {store.path('error.log')})", file=sys.stderr)
+    from pipelines.spool import Spool
+
+    Spool(folder.path).status("FAILED")
+    send(folder.path, timeout_s=10.0)
+    return 1
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,44 @@
+"""Where Ray runs: a cluster that a job was submitted to, or one of our own on this machine."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from pipelines.errors import UserError
+
+
+@contextlib.contextmanager
+def connect(num_cpus: int = 0, address: str = "") -> Iterator[None]:
+    """Joins a cluster for the length of a block, or starts a local Ray and stops it at the end.
+
+    A cluster is joined only on purpose: by ``address``, or by ``RAY_ADDRESS``, which ``ray job submit`` sets.
+
+    Args:
+        num_cpus: CPUs of the local Ray; those that this process may use where 0.
+        address: The cluster's address (``auto`` finds one on this machine), or empty.
+
+    Raises:
+        UserError: There is no cluster at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    # Workers speak through pipelines.console and their errors; what Ray's own parts say besides stays in its logs.
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if address:
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"no Ray cluster at '{address}': {str(error).splitlines()[0]}") from None
+    else:
+        cpus = num_cpus or len(os.sched_getaffinity(0))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()

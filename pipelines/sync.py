@@ -1,0 +1,75 @@
+"""Sends to MLflow what it does not have yet of a run's record: after a server was down, or a trainer killed.
+
+python -m pipelines.sync NAME [--storage runs] [--tracking-uri http://...]
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated
+
+import pydantic
+import tyro
+
+from pipelines.cli import parse
+from pipelines.errors import UserError, run_command
+from pipelines.spool import SPOOL_FILE, redact
+from pipelines.storage import Store, absolute
+from pipelines.tracking import RUN_FILE, RunRecord, absolute_tracking_uri
+
+
+class Args(pydantic.BaseModel):
+    """Send what MLflow does not have yet of a run's record."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Annotated[str, tyro.conf.Positional]
+    """The run's name."""
+    storage: str = "runs"
+    """The folder that holds the runs."""
+    tracking_uri: str = ""
+    """The MLflow to send to; empty: MLFLOW_TRACKING_URI, else the one that the run began with."""
+
+
+def main() -> int:
+    """Sends one run's record and says what it sent."""
+    args = parse(Args, prog="python -m pipelines.sync")
+    folder = run_folder(args.name, args.storage)
+    uri = absolute_tracking_uri(args.tracking_uri) if args.tracking_uri else tracking_uri(folder)
+
+    # Not before the arguments are known to be right: importing MLflow takes seconds.
+    from pipelines.mlflow_client import Sender
+
+    sent = Sender(folder, uri, may_create=True).send()
+    print(f"{args.name}: sent {sent.points} points and {sent.files} files to {redact(uri)}, {sent.left} lines left")
+    if sent.problem:
+        raise UserError(f"{sent.problem}: the record is safe in {folder / SPOOL_FILE}, run this again later")
+    return 0
+
+
+def run_folder(name: str, storage: str) -> Path:
+    """The folder of a run that has a record.
+
+    Raises:
+        UserError: There is no such run; the text lists those with a similar name.
+    """
+    store = Store(absolute(storage))
+    if not store.is_local:
+        raise UserError(f"{storage} is an object store: copy {storage}/{name} into a folder here, and sync that")
+    folder = store.local(name)
+    if not (folder / RUN_FILE).is_file():
+        runs = [other for other in store.names() if store.exists(f"{other}/{RUN_FILE}")]
+        near = difflib.get_close_matches(name, runs, n=5, cutoff=0.5)
+        found = f"did you mean {', '.join(near)}?" if near else f"found {', '.join(runs[:5]) or 'no run at all'}"
+        raise UserError(f"no run '{name}' with a {RUN_FILE} in {store.location}: {found}")
+    return folder
+
+
+def tracking_uri(folder: Path) -> str:
+    """Where a run's record goes when nobody says otherwise."""
+    from_environment = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    return absolute_tracking_uri(from_environment) if from_environment else RunRecord.read(folder).tracking_uri
+
+
+if __name__ == "__main__":
+    run_command(main)

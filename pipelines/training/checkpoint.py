@@ -1,0 +1,186 @@
+"""Checkpoints: safetensors and JSON in a folder a step, with a manifest of checksums that is written last.
+
+``step-NNNNNNNN/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``state.json`` and ``manifest.json`` (the
+size and SHA-256 of the others). Without a manifest that all files agree with, it is not a checkpoint. Nothing in
+it is unpickled.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from pipelines.storage import Store
+
+_STEP = re.compile(r"step-(\d{8})")
+
+
+def folder_name(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def steps(checkpoints: Store) -> list[int]:
+    """The steps that have a checkpoint folder, whole or not, newest first."""
+    matches = (_STEP.fullmatch(name) for name in checkpoints.names())
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def fault(checkpoint: Store) -> str | None:
+    """Why a folder is no whole checkpoint; None where it is one. Reads every byte."""
+    try:
+        listed = json.loads(checkpoint.read("manifest.json"))["files"]
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+    except FileNotFoundError:
+        return "has no manifest.json: it was never finished"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json cannot be read"
+    if not {"model.safetensors", "state.json"} <= files.keys():
+        return "manifest.json does not list a model and its state"
+    for name, (size, digest) in files.items():
+        try:
+            data = checkpoint.read(name)
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if len(data) != size:
+            return f"{name} has {len(data)} bytes instead of {size}"
+        if hashlib.sha256(data).hexdigest() != digest:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def newest_whole(checkpoints: Store, warn: Callable[[str], None]) -> int | None:
+    """The step of the newest whole checkpoint; broken ones are told of and passed over."""
+    for step in steps(checkpoints):
+        reason = fault(checkpoints.child(folder_name(step)))
+        if reason is None:
+            return step
+        warn(f"checkpoint {folder_name(step)} {reason}; taking the next older one")
+    return None
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """Copies a model's and its optimiser's state to the CPU, under the parameters' names."""
+    # clone, since on a CPU there is nothing to copy and training would go on in the same memory
+    model_state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    names = _names(model)
+    optimizer_state = {
+        f"{key}/{names[parameter]}": torch.as_tensor(value).detach().to("cpu", copy=True)
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+    return {"model.safetensors": model_state, "optimizer.safetensors": optimizer_state}
+
+
+def write(checkpoints: Store, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+    """Writes a checkpoint, the manifest last."""
+    store = checkpoints.child(folder_name(step))
+    store.delete()
+    manifest: dict[str, Any] = {"step": step, "files": {}}
+
+    def put(name: str, data: bytes) -> None:
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        store.write(name, data)
+
+    for name, values in tensors.items():
+        put(name, safetensors.torch.save({key: value.contiguous() for key, value in values.items()}))
+    put("state.json", json.dumps(state, indent=2).encode())
+    store.write("manifest.json", json.dumps(manifest, indent=2))
+
+
+def prune(checkpoints: Store, keep: int, newest: int) -> None:
+    """Deletes what is older than the newest ``keep`` checkpoints up to step ``newest``.
+
+    A broken one of a later step, which was passed over, does not count and is left to be looked at.
+    """
+    for step in [step for step in steps(checkpoints) if step <= newest][keep:]:
+        checkpoints.child(folder_name(step)).delete()
+
+
+def read_state(checkpoints: Store, step: int) -> dict[str, Any]:
+    """The ``state.json`` of a checkpoint."""
+    return json.loads(checkpoints.child(folder_name(step)).read("state.json"))
+
+
+def restore(checkpoints: Store, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Loads a checkpoint into a model and its optimiser, wherever they are.
+
+    Raises:
+        RuntimeError: Names or shapes do not fit.
+    """
+    store = checkpoints.child(folder_name(step))
+    model.load_state_dict(safetensors.torch.load(store.read("model.safetensors")))
+    if optimizer is None:
+        return
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in safetensors.torch.load(store.read("optimizer.safetensors")).items():
+        kind, name = key.split("/", 1)
+        found.setdefault(name, {})[kind] = value
+    names = _names(model)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # AdamW counts its steps in a float on the CPU unless it is fused on a GPU; the moments lie with the weights.
+            fused_on_gpu = parameter.device.type == "cuda" and group.get("fused")
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device) if key != "step" or fused_on_gpu else value
+                for key, value in found.get(names[parameter], {}).items()
+            }
+
+
+class Writer:
+    """Writes checkpoints from a thread, one at a time, while training goes on.
+
+    Args:
+        checkpoints: The run's ``checkpoints`` folder.
+        keep: How many are kept.
+        after: Called in the thread after each checkpoint has been written.
+    """
+
+    def __init__(self, checkpoints: Store, keep: int, after: Callable[[], None]):
+        self._checkpoints = checkpoints
+        self._keep = keep
+        self._after = after
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Copies the state and begins to write it; waits first where the last one is still being written.
+
+        Raises:
+            OSError: The last checkpoint could not be written.
+        """
+        self.wait()
+        tensors = snapshot(model, optimizer)
+        self._thread = threading.Thread(target=self._run, args=(step, tensors, state), daemon=True)
+        self._thread.start()
+
+    def _run(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+        try:
+            write(self._checkpoints, step, tensors, state)
+            prune(self._checkpoints, self._keep, step)
+            self._after()
+        except BaseException as error:  # raised where the next checkpoint is asked for
+            self._error = error
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error

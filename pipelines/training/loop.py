@@ -1,0 +1,417 @@
+"""What every Ray Train worker of a pretraining run does."""
+
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.data import DataIterator
+from ray.train.collective import broadcast_from_rank_zero
+from torch.nn.parallel import DistributedDataParallel
+
+from mae_core.optim import lr_at, make_optimizer, peak_lr
+from pipelines.config import Config, identity, identity_hash, total_steps
+from pipelines.data.plan import Cut, Plan
+from pipelines.data.readers import MicroBatch, Stream, View
+from pipelines.data.shards import Manifest
+from pipelines.data.source import open_segment, stream_batches
+from pipelines.errors import UserError
+from pipelines.spool import Spool
+from pipelines.storage import Store
+from pipelines.tracking import start_follower
+from pipelines.training import checkpoint
+from pipelines.training.build import build_model, initial_weights
+from pipelines.training.pictures import save_reconstructions
+from pipelines.training.probing import Prober
+from pipelines.training.runfolder import RunFolder
+from pipelines.training.step import Trainer, train_step
+
+class Diverged(RuntimeError):
+    """The loss has not been finite for many steps."""
+
+
+BAD_STEPS_IN_A_ROW = 10  # after so many steps without a finite loss nothing will come back
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker.
+
+    Args:
+        config: The resolved configuration, every path absolute.
+        train: The images to pretrain on.
+        probe_train: Labelled images for the probes, or None.
+        probe_test: Labelled images that are read once, or None.
+        console: Actor that takes lines for the driver's terminal.
+    """
+
+    config: Config
+    train: Manifest
+    probe_train: Manifest | None
+    probe_test: Manifest | None
+    console: Any
+
+
+def train_worker(job: Job) -> None:
+    """Pretrains: from the newest whole checkpoint, or from the start, to the last step and its probes.
+
+    Ray Train starts all workers again when one is lost. What would fail the same way again is told to the console,
+    and the next start ends at once, so that the driver can say it.
+    """
+    if ray.get(job.console.failure.remote()):
+        return
+    run = None
+    try:
+        run = _Worker(job)
+        start = run.resume()
+        run.train(start)
+        run.finish()
+    except (ValueError, TypeError, LookupError, AssertionError, Diverged) as error:
+        ray.get(job.console.fail.remote(f"{type(error).__name__}: {error}", isinstance(error, UserError)))
+        raise
+    finally:
+        if run is not None:
+            run.close()
+
+
+class _Worker:
+    """One rank of a run: its share of the data, its replica of the model, and on rank 0 the record."""
+
+    def __init__(self, job: Job):
+        config, context = job.config, ray.train.get_context()
+        self.job, self.config = job, config
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            # Ray sets one thread a worker; the workers of a node share its cores.
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+        self.steps = total_steps(config, job.train.num_samples)
+        end = None if config.train.steps else int(config.train.epochs * job.train.num_samples)
+        self.stream = Stream(
+            job.train,
+            Plan(job.train.num_samples, config.run.seed, end=end),
+            Cut(config.batch.global_size, config.batch.micro_size, self.world_size),
+            View(
+                config.data.image_size,
+                config.data.channels,
+                config.run.seed,
+                config.data.crop_scale,
+                config.data.flip,
+            ),
+        )
+        self.store = Store(config.run.storage).child(config.run.name)
+        self.folder = RunFolder(self.store) if self.rank == 0 else None
+        self.spool = Spool(self.folder.path) if self.folder else None
+        self.follower = start_follower(self.folder.path) if self.folder else None
+        self.prober = Prober(config, self.rank, self.world_size, self.device, self.autocast, self.open_share)
+        self.model = build_model(config).to(self.device)
+        self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
+        self.writer = checkpoint.Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
+        self.known_skipped: set[tuple[str, str]] = set()
+        self.num_skipped = 0
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass."""
+        asked = self.config.train.precision
+        bfloat16 = asked == "bfloat16" or (asked == "auto" and self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+
+    def say(self, line: str) -> None:
+        """Shows a line in the driver's terminal."""
+        if self.rank == 0:
+            self.job.console.say.remote(line)
+
+    def open_share(self, stream: Stream, steps: tuple[int, int]) -> DataIterator:
+        """Rank 0 starts the execution and deals the iterators; called by all ranks."""
+        shares = None
+        if self.rank == 0:
+            # By reference: what the collective carries itself should stay below a kilobyte.
+            shares = [ray.put(open_segment(stream, steps, num_cpus=self.config.data.cpus_per_task))]
+        return ray.get(broadcast_from_rank_zero(shares)[0])[self.rank]
+
+    # ---- before the first step
+
+    def resume(self) -> int:
+        """Brings the state to where the run stands; decided by rank 0 alone, done by all.
+
+        The order: 1. the run's own newest whole checkpoint; 2. the next older whole one, where newer ones are
+        broken; 3. ``run.init_from``; 4. from scratch.
+
+        Returns:
+            The first step to do.
+        """
+        checkpoints = self.store.child("checkpoints")
+        found = None
+        if self.rank == 0:
+            found = checkpoint.newest_whole(checkpoints, lambda line: self.say(f"warning: {line}"))
+        found = broadcast_from_rank_zero(found)
+        if found is not None:
+            checkpoint.restore(checkpoints, found, self.model, self.optimizer)
+            self.num_skipped = checkpoint.read_state(checkpoints, found).get("skipped", 0)
+            self.say(f"continuing from the checkpoint of step {found} of {self.steps}")
+        elif self.config.run.init_from:
+            initial_weights(self.model, self.config.run.init_from)
+            self.say(f"starting from the weights of {self.config.run.init_from}")
+        if self.folder:
+            self.known_skipped = {(line["shard"], line["key"]) for line in self.folder.read_lines("skipped.jsonl")}
+        return found or 0
+
+    # ---- the steps
+
+    def train(self, start: int) -> None:
+        """All steps from ``start``, with what stands around them."""
+        config = self.config
+        per_epoch = self.job.train.num_samples / config.batch.global_size
+        schedule = {
+            "peak": peak_lr(config.optim.base_lr, config.batch.global_size),
+            "warmup_steps": min(int(config.optim.warmup_epochs * per_epoch), self.steps),
+            "total_steps": self.steps,
+        }
+        probe_every = max(1, round(config.probe.every_epochs * per_epoch)) if config.probe.every_epochs else 0
+        trainer = self._trainer()
+        if start == 0:
+            self.probe(0)
+        batches = self._audited(
+            stream_batches(
+                self.stream,
+                (start, self.steps),
+                rank=self.rank,
+                segment_tasks=config.scale.segment_tasks,
+                open_share=lambda steps: self.open_share(self.stream, steps),
+            )
+        )
+        window: list[torch.Tensor] = []
+        self.window_start = self.last_save = time.perf_counter()
+        for step in range(start, self.steps):
+            lr = lr_at(step, **schedule)
+            window.append(train_step(trainer, batches, lr))
+            done = step + 1
+            if done % config.log.every == 0 or done == self.steps:
+                self._log(done, lr, torch.stack(window), trainer)
+                window = []
+            if self._save_due(done):
+                self._save(done)
+            if probe_every and done % probe_every == 0 and done < self.steps:
+                self.probe(done)
+        if next(batches, None) is not None:
+            raise RuntimeError("the data holds more than the run's steps")
+
+    def _trainer(self) -> Trainer:
+        model: torch.nn.Module = torch.compile(self.model) if self.config.train.compile else self.model  # type: ignore[assignment]
+        if self.world_size > 1:
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        config = self.config
+        return Trainer(
+            model,
+            self.optimizer,
+            self.stream.cut,
+            self.model.num_patches,
+            config.run.seed,
+            config.data.mean,
+            config.data.std,
+            self.device,
+            self.autocast,
+        )
+
+    def _audited(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Writes down the ids of what arrives, where the run asks for it; otherwise changes nothing."""
+        if not self.config.log.ids:
+            yield from batches
+            return
+        assert self.store.is_local, "checked by the driver"
+        path = self.store.local("ids") / f"rank-{self.rank:04d}-of-{self.world_size:04d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", buffering=1) as file:
+            for batch in batches:
+                step = batch.index // self.stream.cut.micros
+                ids = batch.sample_B[batch.sample_B >= 0].tolist()
+                file.write(json.dumps({"step": step, "index": batch.index, "ids": ids}) + "\n")
+                yield batch
+
+    def _log(self, done: int, lr: float, window_S3: torch.Tensor, trainer: Trainer) -> None:
+        """One progress line and one point of the record, over the steps since the last."""
+        elapsed = time.perf_counter() - self.window_start
+        skipped = self._collect_skipped(done, trainer)
+        # A step that was skipped has no loss worth a mean, and says so by its own count.
+        good_S3 = window_S3[window_S3[:, 2] == 0]
+        loss, grad_norm = (good_S3.mean(dim=0) if len(good_S3) else window_S3[-1]).tolist()[:2]
+        bad = int(window_S3[:, 2].sum())
+        steps = len(window_S3)
+        wait = self._over_ranks(trainer.wait_s, dist.ReduceOp.MAX)
+        trainer.wait_s = 0.0
+        self.bad_in_a_row = (self.bad_in_a_row + steps) if bad == steps else 0
+        images_per_s = steps * self.config.batch.global_size / elapsed
+        if self.spool:
+            left = (self.steps - done) * elapsed / steps
+            self.spool.metrics(
+                done,
+                {
+                    "train/loss": loss,
+                    "train/lr": lr,
+                    "train/grad_norm": grad_norm,
+                    "train/nonfinite_steps": float(bad),
+                    "perf/images_per_s": images_per_s,
+                    "perf/peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                    "data/wait_s": wait / steps,
+                    "data/skipped": float(skipped),
+                    "epoch": done * self.config.batch.global_size / self.job.train.num_samples,
+                    "samples_seen": float(done * self.config.batch.global_size),
+                },
+            )
+            notes = (f"  not finite {bad}" if bad else "") + (f"  unreadable {skipped}" if skipped else "")
+            self.say(
+                f"step {done:>{len(str(self.steps))}} of {self.steps}  loss {loss:.4f}  lr {lr:.2e}  "
+                f"{images_per_s:,.0f} images/s  waiting {100 * wait / elapsed:.0f} %  left {_clock(left)}{notes}"
+            )
+        if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
+            raise Diverged(
+                f"the loss was not finite in the last {self.bad_in_a_row} steps before step {done}: lower "
+                "optim.base_lr, or look for images with strange values"
+            )
+        self.window_start = time.perf_counter()
+
+    bad_in_a_row = 0
+    window_start = 0.0
+    last_save = 0.0
+
+    def _over_ranks(self, value: float, operation: Any = dist.ReduceOp.SUM) -> float:
+        if self.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, operation)
+        return total.item()
+
+    def _collect_skipped(self, done: int, trainer: Trainer) -> int:
+        """Counts the samples that could not be read, and lists each once; rank 0 writes."""
+        mine, trainer.skipped = trainer.skipped, []
+        fresh = int(self._over_ranks(float(len(mine))))
+        self.num_skipped += fresh
+        if fresh == 0:
+            return self.num_skipped
+        lists: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        if self.world_size > 1:
+            dist.gather_object(mine, lists, dst=0)
+        else:
+            lists = [mine]
+        if self.folder and lists is not None:
+            for sample in (sample for part in lists for sample in part):
+                if (sample["shard"], sample["key"]) not in self.known_skipped:
+                    self.known_skipped.add((sample["shard"], sample["key"]))
+                    self.folder.append_line("skipped.jsonl", {**sample, "step": done})
+        return self.num_skipped
+
+    # ---- what stands around the steps
+
+    def _save_due(self, done: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        if done == self.steps or (every and done % every == 0):
+            return True
+        return time.perf_counter() - self.last_save >= 60 * self.config.checkpoint.every_minutes
+
+    def _save(self, done: int) -> None:
+        self.last_save = time.perf_counter()
+        if self.rank != 0:
+            return
+        values = identity(self.config, self.job.train.digest)
+        state = {
+            "step": done,
+            "steps": self.steps,
+            "samples_seen": done * self.config.batch.global_size,
+            "skipped": self.num_skipped,
+            "identity": identity_hash(values),
+            "world_size": self.world_size,
+            "torch": torch.__version__,
+        }
+        self.writer.save(done, self.model, self.optimizer, state)
+
+    def _push(self) -> None:
+        if self.folder:
+            self.folder.push()
+
+    def probe(self, done: int) -> None:
+        """Scores the features on held-out training labels and draws reconstructions."""
+        start = time.perf_counter()
+        self.model.eval()
+        scores = self.prober.validate(self.model, self.job.probe_train, self.job.train)
+        self.model.train()
+        if self.spool and self.folder:
+            self.spool.metrics(done, scores)
+            self.say(f"step {done} of {self.steps}  {_told(scores)}  ({time.perf_counter() - start:.0f} s)")
+        self._draw(done)
+        self.window_start += time.perf_counter() - start
+
+    def _draw(self, done: int) -> None:
+        if self.spool and self.folder and self.config.log.pictures:
+            file = f"pictures/reconstruction-{done:08d}.png"
+            view = View(self.config.data.image_size, self.config.data.channels, crop_share=self.config.probe.crop_share)
+            save_reconstructions(
+                self.model, self.config, self.job.probe_test or self.job.train, view, self.folder.path / file
+            )
+            self.spool.image(done, "reconstruction", file)
+
+    def finish(self) -> None:
+        """The last probes, on the test data where there are some; then the result is written."""
+        self.writer.wait()
+        self.model.eval()
+        scores: dict[str, float] = {}
+        job = self.job
+        scores |= self.prober.validate(self.model, job.probe_train, job.train)
+        if self.spool:
+            self.spool.metrics(self.steps, scores)
+        final: dict[str, float] = {}
+        if job.probe_train and job.probe_test:
+            final = {
+                name.replace("probe/", "test/"): value
+                for name, value in self.prober.test(self.model, job.probe_train, job.probe_test).items()
+            }
+            if self.config.probe.random_baseline:
+                untrained = build_model(self.config).to(self.device).eval()
+                final |= {
+                    name.replace("probe/", "test/random_"): value
+                    for name, value in self.prober.test(untrained, job.probe_train, job.probe_test).items()
+                }
+        self._draw(self.steps)
+        if self.spool and self.folder:
+            self.spool.metrics(self.steps, final)
+            result = {
+                "step": self.steps,
+                "identity": identity_hash(identity(self.config, job.train.digest)),
+                "scores": scores | final,
+                "skipped": self.num_skipped,
+            }
+            self.folder.write("result.json", json.dumps(result, indent=2))
+            for name in ("config.json", "result.json", "skipped.jsonl"):
+                if (self.folder.path / name).exists():
+                    self.spool.artifact(name)
+            self.spool.status("FINISHED")
+            self.folder.push()
+
+    def close(self) -> None:
+        """Ends what runs beside the loop."""
+        if self.follower:
+            self.follower.stop(timeout_s=20.0)
+        if self.folder:
+            self.folder.push()
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def _told(scores: dict[str, float]) -> str:
+    """Scores in words: percentages with a unit, others as they are."""
+    return "  ".join(
+        f"{name.split('/')[-1].replace('_', ' ')} {value:.2f}{' %' if 'top1' in name else ''}"
+        for name, value in scores.items()
+    )

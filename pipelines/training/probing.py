@@ -1,0 +1,175 @@
+"""What the features are worth, measured by all workers of a run together: each encodes a share, rank 0 scores."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ray.data import DataIterator
+
+from mae_core.images import normalize
+from mae_core.model import MaskedAutoencoder
+from mae_core.probes import effective_rank, knn_predict, linear_probe, split_indices, top1
+from pipelines.config import Config
+from pipelines.data.plan import FILLER, Cut, Plan
+from pipelines.data.readers import Stream, View
+from pipelines.data.shards import Manifest
+from pipelines.data.source import stream_batches
+
+UNLABELLED_IMAGES = 2048  # enough for the effective rank of features up to that width
+
+OpenShare = Callable[[Stream, tuple[int, int]], DataIterator]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a data set in the order of its sample ids; unreadable images are left out.
+
+    Args:
+        features_ND: float32 on the CPU.
+        labels_N: int64, -1 where there is none.
+        sample_N: int64 sample ids.
+    """
+
+    features_ND: torch.Tensor
+    labels_N: torch.Tensor
+    sample_N: np.ndarray
+
+
+@dataclass
+class Prober:
+    """Extracts features with all workers and scores them on rank 0.
+
+    Args:
+        config: The run's configuration.
+        rank: This worker's rank.
+        world_size: Workers.
+        device: Where this worker computes.
+        autocast: Gives the context in which the encoder runs.
+        open_share: Opens this worker's share of a segment of a stream.
+    """
+
+    config: Config
+    rank: int
+    world_size: int
+    device: torch.device
+    autocast: Callable[[], torch.autocast]
+    open_share: OpenShare
+
+    @torch.inference_mode()
+    def extract(self, model: MaskedAutoencoder, manifest: Manifest, limit: int = 0) -> Features | None:
+        """Encodes whole images of a data set; rank 0 gets the features, the others None.
+
+        Args:
+            model: The model, not wrapped.
+            manifest: The data.
+            limit: Take that many images, spread over the data set; 0: all.
+        """
+        config = self.config
+        num = min(limit or manifest.num_samples, manifest.num_samples)
+        rows = config.batch.micro_size
+        stream = Stream(
+            manifest,
+            Plan(manifest.num_samples, seed=0, end=num, shuffle=bool(limit)),
+            Cut(rows * self.world_size, rows, self.world_size),
+            View(config.data.image_size, config.data.channels, crop_share=config.probe.crop_share),
+        )
+        steps = -(-num // stream.cut.global_size)
+        features, labels, samples = [], [], []
+        batches = stream_batches(
+            stream,
+            (0, steps),
+            rank=self.rank,
+            segment_tasks=config.scale.segment_tasks,
+            open_share=lambda steps: self.open_share(stream, steps),
+        )
+        for batch in batches:
+            images = torch.from_numpy(batch.images_BHWC.copy()).to(self.device)
+            with self.autocast():
+                images_BCHW = normalize(images, config.data.mean, config.data.std)
+                features.append(model.features(images_BCHW, config.probe.pool).float())
+            labels.append(torch.from_numpy(batch.label_B.copy()))
+            # an image that could not be read is left out like filler
+            samples.append(torch.from_numpy(np.where(batch.weight_B > 0, batch.sample_B, FILLER)))
+        gathered = [self._gather(torch.cat(parts).to(self.device)) for parts in (features, labels, samples)]
+        if self.rank != 0:
+            return None
+        features_ND, labels_N, sample_N = (part.cpu() for part in gathered)
+        order = torch.argsort(sample_N, stable=True)
+        order = order[sample_N[order] != FILLER]
+        return Features(features_ND[order], labels_N[order], sample_N[order].numpy())
+
+    def _gather(self, share: torch.Tensor) -> torch.Tensor:
+        """The shares of all ranks, one after the other, on rank 0; all have the same shape."""
+        if self.world_size == 1:
+            return share
+        shares = [torch.empty_like(share) for _ in range(self.world_size)] if self.rank == 0 else None
+        dist.gather(share, shares, dst=0)
+        return torch.cat(shares) if shares is not None else share
+
+    def validate(self, model: MaskedAutoencoder, train: Manifest | None, images: Manifest) -> dict[str, float]:
+        """Scores on a validation split of the probe's training data, or without labels the effective rank.
+
+        Returns:
+            The scores on rank 0, nothing on the others.
+        """
+        probe = self.config.probe
+        if train is None:
+            found = self.extract(model, images, limit=UNLABELLED_IMAGES)
+            return {} if found is None else {"probe/effective_rank": effective_rank(found.features_ND)}
+        found = self.extract(model, train, limit=probe.samples)
+        if found is None:
+            return {}
+        num = len(found.labels_N)
+        known, held_out = split_indices(num, probe.val_share, seed=self.config.run.seed)
+        return _score(found, known, held_out, None, len(train.classes), self.config) | {
+            "probe/effective_rank": effective_rank(found.features_ND)
+        }
+
+    def test(self, model: MaskedAutoencoder, train: Manifest, test: Manifest) -> dict[str, float]:
+        """Scores on the test data; the learning rate is chosen on a validation split of the training labels.
+
+        Returns:
+            The scores on rank 0, nothing on the others.
+        """
+        found = self.extract(model, train, limit=self.config.probe.samples)
+        asked = self.extract(model, test)
+        if found is None or asked is None:
+            return {}
+        known, held_out = split_indices(len(found.labels_N), self.config.probe.val_share, seed=self.config.run.seed)
+        return _score(found, known, held_out, asked, len(train.classes), self.config)
+
+
+def _score(
+    found: Features,
+    known: torch.Tensor,
+    held_out: torch.Tensor,
+    asked: Features | None,
+    num_classes: int,
+    config: Config,
+) -> dict[str, float]:
+    """Top-1 of kNN and linear probe: on the held-out part, or on ``asked`` where it is given."""
+    linear = linear_probe(
+        found.features_ND[known],
+        found.labels_N[known],
+        found.features_ND[held_out],
+        found.labels_N[held_out],
+        num_classes=num_classes,
+        seed=config.run.seed,
+    )
+    # The neighbours have nothing to choose, so on test data they are all of the training labels.
+    base = known if asked is None else torch.arange(len(found.labels_N))
+    query_MD = found.features_ND[held_out] if asked is None else asked.features_ND
+    labels_M = found.labels_N[held_out] if asked is None else asked.labels_N
+    neighbours = knn_predict(
+        found.features_ND[base],
+        found.labels_N[base],
+        query_MD,
+        num_classes=num_classes,
+        k=config.probe.knn_k,
+    )
+    return {
+        "probe/knn_top1": top1(neighbours, labels_M),
+        "probe/linear_top1": top1(linear.predict(query_MD), labels_M),
+    }

@@ -1,0 +1,98 @@
+"""One optimiser step, on one screen. Evaluation, saving and logging stand around it, not in it."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mae_core.images import normalize
+from mae_core.optim import set_lr
+from mae_core.randomness import mask_keys, mask_noise
+from pipelines.data.plan import Cut
+from pipelines.data.readers import MicroBatch
+
+
+@dataclass
+class Trainer:
+    """What a training step needs and changes.
+
+    Args:
+        model: The method: takes a batch, gives a dictionary with ``loss``. Wrapped for the workers' all-reduce
+            where there are several.
+        optimizer: Fused AdamW.
+        cut: How batches are cut.
+        num_patches: N, for the masks.
+        seed: The run's seed.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+        device: Where the step computes.
+        autocast: Gives the context of the forward pass.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    cut: Cut
+    num_patches: int
+    seed: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: torch.device
+    autocast: Callable[[], torch.autocast]
+    wait_s: float = 0.0
+    """Seconds spent waiting for data, summed up until somebody sets it back."""
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    """Samples that could not be read, collected until somebody takes them."""
+
+    def next_batch(self, batches: Iterator[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The next micro-batch on the device: images_BCHW, noise_BN, weight_B."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.wait_s += time.perf_counter() - start
+        self.skipped += batch.skipped
+        images_BHWC = torch.from_numpy(batch.images_BHWC.copy()).to(self.device)
+        keys_B = mask_keys(self.seed, batch.epoch_B, batch.sample_B).to(self.device)
+        weight_B = torch.from_numpy(batch.weight_B.copy()).to(self.device)
+        return normalize(images_BHWC, self.mean, self.std), mask_noise(keys_B, self.num_patches), weight_B
+
+
+def train_step(trainer: Trainer, batches: Iterator[MicroBatch], lr: float) -> torch.Tensor:
+    """One step over the global batch; skipped by all workers where the loss or a gradient is not finite.
+
+    Every sample weighs 1 over the global batch, whoever computes it: each worker divides its sum of losses by
+    ``G / W``, and the mean over the workers, which the all-reduce takes, is the sum over the batch divided by G.
+
+    Args:
+        trainer: Model, optimiser, and how the batch is cut.
+        batches: This worker's micro-batches.
+        lr: The step's learning rate.
+
+    Returns:
+        float32 [3] on the device, the same on every worker: loss, gradient norm, 1 where the step was skipped.
+    """
+    cut, model, optimizer = trainer.cut, trainer.model, trainer.optimizer
+    set_lr(optimizer, lr)
+    optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=trainer.device)
+    for turn in range(cut.accumulation):
+        images_BCHW, noise_BN, weight_B = trainer.next_batch(batches)
+        last = turn == cut.accumulation - 1
+        # Gradients travel once a step, with the last micro-batch.
+        quiet = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+        with quiet:
+            with trainer.autocast():
+                out = model(images_BCHW, noise_BN, weight_B=weight_B, denominator=cut.global_size / cut.world_size)
+            out["loss"].backward()
+        loss += out["loss"].detach() / cut.world_size
+    if cut.world_size > 1:
+        dist.all_reduce(loss)
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    # Both numbers are the same on all workers, so all decide alike, and nobody asks the host.
+    bad = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
+    optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW leaves its state alone where it is 1
+    optimizer.step()
+    return torch.stack([loss, grad_norm, bad])

@@ -1,0 +1,139 @@
+"""Checkpoints: what was saved comes back bit for bit; what is broken is seen and passed over."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from mae_core.model import MaskedAutoencoder
+from mae_core.optim import make_optimizer, set_lr
+from pipelines.storage import Store
+from pipelines.training import checkpoint
+
+
+def small_model(seed):
+    return MaskedAutoencoder(
+        "vit_tiny_patch16_224",
+        image_size=16,
+        patch_size=4,
+        width=24,
+        depth=2,
+        num_heads=2,
+        decoder_width=16,
+        decoder_depth=1,
+        decoder_heads=2,
+        seed=seed,
+    )
+
+
+def trained(steps, model=None, optimizer=None):
+    model = model or small_model(0)
+    optimizer = optimizer or make_optimizer(model)
+    generator = torch.Generator().manual_seed(steps)
+    for _ in range(steps):
+        set_lr(optimizer, 1e-3)
+        optimizer.zero_grad()
+        model(torch.rand(4, 3, 16, 16, generator=generator), torch.rand(4, 16, generator=generator))["loss"].backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Store(str(tmp_path)).child("checkpoints")
+
+
+def save(checkpoints, step, model, optimizer):
+    checkpoint.write(checkpoints, step, checkpoint.snapshot(model, optimizer), {"step": step})
+
+
+def test_training_goes_on_bit_for_bit(checkpoints):
+    model, optimizer = trained(3)
+    save(checkpoints, 3, model, optimizer)
+    again = small_model(1)
+    again_optimizer = make_optimizer(again)
+    checkpoint.restore(checkpoints, 3, again, again_optimizer)
+    trained(2, model, optimizer)
+    trained(2, again, again_optimizer)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_the_snapshot_is_the_state_of_its_step(checkpoints):
+    model, optimizer = trained(1)
+    tensors = checkpoint.snapshot(model, optimizer)
+    before = {name: value.clone() for name, value in tensors["model.safetensors"].items()}
+    trained(1, model, optimizer)
+    for name, value in before.items():
+        assert torch.equal(value, tensors["model.safetensors"][name])
+
+
+BREAKS = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("fault", sorted(BREAKS))
+def test_a_broken_checkpoint_is_passed_over_and_said_so(checkpoints, file, fault):
+    model, optimizer = trained(1)
+    for step in (10, 20):
+        save(checkpoints, step, model, optimizer)
+    BREAKS[fault](checkpoints.local("step-00000020") / file)
+    told = []
+    assert checkpoint.newest_whole(checkpoints, told.append) == 10
+    assert len(told) == 1
+    assert "step-00000020" in told[0]
+    assert file in told[0]
+
+
+@pytest.mark.parametrize("manifest", [None, b"", b"{}", b"[1]", b'{"files": 3}', b'{"files": {}}'])
+def test_without_a_manifest_it_is_no_checkpoint(checkpoints, manifest):
+    model, optimizer = trained(1)
+    save(checkpoints, 10, model, optimizer)
+    save(checkpoints, 20, model, optimizer)
+    path = checkpoints.local("step-00000020") / "manifest.json"
+    path.unlink() if manifest is None else path.write_bytes(manifest)
+    assert checkpoint.newest_whole(checkpoints, lambda _: None) == 10
+
+
+def test_nothing_is_unpickled(checkpoints, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    model, optimizer = trained(1)
+    save(checkpoints, 10, model, optimizer)
+    path = checkpoints.local("step-00000010") / "model.safetensors"
+    path.write_bytes(pickle.dumps(Bomb()))
+    # even with checksums that agree
+    manifest_path = path.with_name("manifest.json")
+    manifest = json.loads(manifest_path.read_text())
+    import hashlib
+
+    data = path.read_bytes()
+    manifest["files"]["model.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest_path.write_text(json.dumps(manifest))
+    with pytest.raises(Exception, match=r"[Hh]eader"):
+        checkpoint.restore(checkpoints, 10, model, optimizer)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_old_ones_go_and_broken_later_ones_do_not_count(checkpoints):
+    model, optimizer = trained(1)
+    for step in (10, 20, 30, 90):
+        save(checkpoints, step, model, optimizer)
+    checkpoint.prune(checkpoints, keep=2, newest=30)
+    assert checkpoint.steps(checkpoints) == [90, 30, 20]
+
+
+def test_the_writer_tells_of_a_failure(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    writer = checkpoint.Writer(Store(str(blocked)), 2, lambda: None)
+    writer.save(1, *trained(1), {"step": 1})
+    with pytest.raises(OSError, match="file"):
+        writer.wait()

@@ -1,0 +1,101 @@
+"""Files and flags into a configuration, and mistakes into one line."""
+
+import pytest
+
+from pipelines.cli import flag_names, load_toml
+from pipelines.config import Config, flat, identity, identity_hash, total_steps
+from pipelines.errors import UserError
+from pipelines.pretrain import read_config, resolve, to_toml
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_go_over_the_file(tmp_path):
+    file = write(tmp_path / "a.toml", "[model]\nmask_ratio = 0.6\n[optim]\nbase_lr = 1e-4\n")
+    config = read_config(["--config", file, "--model.mask-ratio", "0.5", "--data.image-size", "32", "48"])
+    assert config.model.mask_ratio == 0.5
+    assert config.optim.base_lr == 1e-4
+    assert config.data.image_size == (32, 48)
+    assert read_config([f"--config={file}"]).model.mask_ratio == 0.6
+
+
+def test_the_resolved_configuration_can_be_fed_back(tmp_path):
+    config = resolve(read_config(["--data.train", "shards", "--run.name", 'a-"b'.replace('"', ""), "--data.no-flip"]))
+    assert load_toml(Config, write(tmp_path / "back.toml", to_toml(config))) == config
+    assert config.data.train.startswith("/")
+    assert config.run.storage.startswith("/")
+
+
+def test_every_recipe_is_valid():
+    from pathlib import Path
+
+    recipes = sorted((Path(__file__).parents[2] / "pipelines" / "recipes").glob("*.toml"))
+    assert recipes
+    for recipe in recipes:
+        assert load_toml(Config, str(recipe)).run.name
+
+
+def test_one_dotted_name_for_each_key():
+    assert set(flag_names(Config)) == set(flat(Config()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model.mask-ration", "0.5"], "did you mean --model.mask-ratio"),
+        (["--model.mask-ratio", "1.5"], "model.mask_ratio: Input should be less than 1, found 1.5"),
+        (["--model.mask-ratio", "x"], "model.mask-ratio"),
+        (["--data.channels", "2"], "data.channels"),
+        (["--run.name", "a/b"], "run.name"),
+        (["--train.epochs", "0"], "give train.epochs or train.steps"),
+        (["--data.crop-scale", "0.5", "0.2"], "data.crop_scale must rise"),
+        (["--data.mean", "0.5"], "one value for each of the 3"),
+        (["--config"], "needs a TOML file"),
+        (["--config", "nowhere.toml"], "no configuration file"),
+    ],
+)
+def test_wrong_flags_are_one_line(arguments, told):
+    with pytest.raises(UserError) as caught:
+        read_config(arguments)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[model]\nmask_ratoi = 0.5\n", "model.mask_ratoi"),
+        ("[model]\nmask_ratio = 'high'\n", "model.mask_ratio"),
+        ("[model\n", "not a TOML file"),
+    ],
+)
+def test_wrong_files_are_one_line(tmp_path, text, told):
+    with pytest.raises(UserError) as caught:
+        read_config(["--config", write(tmp_path / "a.toml", text)])
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_identity_is_what_defines_the_result():
+    base = identity_hash(identity(Config(), "d"))
+
+    def changed(*arguments):
+        return identity_hash(identity(read_config(list(arguments)), "d")) != base
+
+    assert not changed("--scale.workers", "7", "--log.every", "3", "--batch.micro-size", "8", "--data.train", "x")
+    assert not changed("--run.storage", "elsewhere", "--checkpoint.keep", "9", "--train.compile")
+    assert changed("--run.seed", "1")
+    assert changed("--batch.global-size", "8")
+    assert changed("--model.mask-ratio", "0.5")
+    assert changed("--train.precision", "bfloat16")
+    assert identity_hash(identity(Config(), "other data")) != base
+
+
+def test_total_steps_round_up():
+    config = read_config(["--train.epochs", "2.5", "--batch.global-size", "64"])
+    assert total_steps(config, 100) == 4
+    assert total_steps(read_config(["--train.steps", "9"]), 100) == 9

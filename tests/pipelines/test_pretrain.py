@@ -1,0 +1,358 @@
+"""Whole runs, for real: pretraining, probes and record; kills in the middle; a job on a cluster."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import safetensors.torch
+import timm
+
+from mae_core.weights import encoder_state, load_official
+from pipelines.data.plan import Plan
+from pipelines.errors import UserError
+from pipelines.pretrain import main
+
+ROOT = Path(__file__).parents[2]
+TINY = """
+[data]
+image_size = [16, 16]
+mean = [0.5, 0.5, 0.5]
+std = [0.25, 0.25, 0.25]
+[model]
+arch = "vit_tiny_patch16_224"
+patch_size = 4
+width = 24
+depth = 2
+heads = 2
+decoder_width = 16
+decoder_depth = 1
+decoder_heads = 2
+[batch]
+global_size = 40
+micro_size = 16
+[optim]
+base_lr = 1e-2
+warmup_epochs = 1.0
+[train]
+steps = {steps}
+[scale]
+workers = 2
+cpus_per_worker = 0.5
+segment_tasks = 2
+[checkpoint]
+every_steps = 20
+[log]
+every = 1
+ids = true
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(steps):
+        path = tmp_path / f"tiny-{steps}.toml"
+        path.write_text(TINY.format(steps=steps))
+        return str(path)
+
+    return write
+
+
+def arguments(recipe, shards, storage, name, *more):
+    where = ["--data.train", shards["train"], "--run.storage", str(storage), "--run.name", name]
+    return ["--config", recipe, *where, *more]
+
+
+def points(folder):
+    """The metrics of a run, by step."""
+    found = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        value = json.loads(line)
+        if "metrics" in value:
+            found.setdefault(value["step"], {}).update(value["metrics"])
+    return found
+
+
+def delivered(folder):
+    """The sample ids of every step, in order; what was done twice must have been the same."""
+    parts = {}
+    for path in (folder / "ids").glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            value = json.loads(line)
+            assert parts.setdefault((value["step"], value["index"]), value["ids"]) == value["ids"]
+    steps = {}
+    for (step, _), ids in sorted(parts.items()):
+        steps.setdefault(step, []).extend(ids)
+    return steps
+
+
+def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
+    probes = ["--probe.train", shards["train"], "--probe.test", shards["test"], "--probe.every-epochs", "2"]
+    command = arguments(recipe(30), shards, tmp_path, "whole", *probes)
+    assert main(command) == 0
+    folder = tmp_path / "whole"
+    out = capfd.readouterr().out
+    assert "step 30 of 30  loss" in out
+    assert "mlflow ui --backend-store-uri sqlite:///" in out
+
+    losses = [values["train/loss"] for _, values in sorted(points(folder).items()) if "train/loss" in values]
+    assert len(losses) == 30
+    assert losses[-1] < 0.9 * losses[0]
+    scores = json.loads((folder / "result.json").read_text())["scores"]
+    assert scores["test/linear_top1"] > 80
+    assert {"test/knn_top1", "test/random_knn_top1", "test/random_linear_top1", "probe/effective_rank"} <= set(scores)
+    # 300 images in batches of 40, a probe every 2 epochs: at the start, after 15 steps, and at the end
+    assert sum("probe/knn_top1" in values for values in points(folder).values()) == 3
+
+    # the broken image: weight 0, counted at each of its four visits, listed once
+    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in skipped] == ["class1_0001"]
+    assert points(folder)[30]["data/skipped"] == 4
+
+    # the encoder loads into timm
+    model = load_official(
+        folder / "checkpoints" / "step-00000030" / "model.safetensors", num_heads=2, decoder_num_heads=2
+    )
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=0
+    )
+    vit.load_state_dict(encoder_state(model), strict=True)
+
+    check_record(folder)
+    assert main(command) == 0
+    assert "has finished already" in capfd.readouterr().out
+    # fed back, the resolved configuration is the same run; changed, it is refused
+    assert main(["--config", str(folder / "config.toml")]) == 0
+    assert "has finished already" in capfd.readouterr().out
+    with pytest.raises(UserError, match=r"model\.mask_ratio was 0\.75, is now 0\.5"):
+        main([*command, "--model.mask-ratio", "0.5"])
+
+
+def check_record(folder):
+    from mlflow.tracking import MlflowClient
+
+    record = json.loads((folder / "run.json").read_text())
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent}/mlflow.db")
+    run = client.get_run(record["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.mask_ratio"] == "0.75"
+    assert run.data.tags["data.digest"] == record["tags"]["data.digest"]
+    assert "git.commit" in run.data.tags
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(1, 31))
+    assert run.inputs.dataset_inputs[0].dataset.digest
+    assert any("reconstruction" in item.path for item in client.list_artifacts(run.info.run_id, "images"))
+
+
+@contextlib.contextmanager
+def command(arguments, log, **environment):
+    """A pretraining command as its user starts it, in its own temporary folder for Ray; its whole tree ends with it."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        variables = {**os.environ, "RAY_TMPDIR": folder, **environment}
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pipelines.pretrain", *arguments],
+                cwd=ROOT, env=variables, stdout=file, stderr=file,
+            )  # fmt: skip
+        try:
+            yield process
+        finally:
+            family = [process] if process.poll() is None else []
+            for member in [*(psutil.Process(p.pid).children(recursive=True)[0:] for p in family)]:
+                for child in member:
+                    with contextlib.suppress(psutil.Error):
+                        child.kill()
+            process.kill()
+            process.wait()
+            wait_until(lambda: not left_behind(folder), 30, lambda: f"still there: {left_behind(folder)}")
+
+
+def left_behind(folder):
+    """Processes of a Ray that lives in a folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(folder in part for part in process.info["cmdline"] or ()):
+            found.append(process.info["cmdline"][:3])
+    return found
+
+
+def wait_until(condition, seconds, told=lambda: "waited in vain"):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, told()
+        time.sleep(0.05)
+
+
+def steps_done(folder):
+    try:
+        return max(points(folder), default=0)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return 0
+
+
+def test_kills_change_nothing(recipe, shards, tmp_path, capfd):
+    steps = 260
+    reference = arguments(recipe(steps), shards, tmp_path, "undisturbed", "--log.pictures", "0")
+    assert main(reference) == 0
+    capfd.readouterr()
+
+    killed = arguments(recipe(steps), shards, tmp_path, "killed", "--log.pictures", "0")
+    folder, log = tmp_path / "killed", tmp_path / "log.txt"
+    with command(killed, log) as process:
+        told = lambda: log.read_text()[-3000:]  # noqa: E731
+        wait_until(lambda: steps_done(folder) >= 50, 120, told)
+        workers = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "RayTrainWorker" in " ".join(child.cmdline())
+        ]
+        assert len(workers) == 2
+        workers[1].kill()
+        wait_until(lambda: "continuing from the checkpoint of step" in log.read_text(), 120, told)
+        before = steps_done(folder)
+        wait_until(lambda: steps_done(folder) >= before + 30, 120, told)
+        process.send_signal(signal.SIGKILL)
+    assert 60 < steps_done(folder) < steps, "the driver was killed too late to show anything"
+
+    # and then the newest checkpoint is damaged as well
+    newest = max((folder / "checkpoints").iterdir())
+    model = newest / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    assert main(killed) == 0
+    out = capfd.readouterr().out
+    assert f"{newest.name} model.safetensors has" in out
+
+    assert delivered(folder) == delivered(tmp_path / "undisturbed")
+    plan = Plan(300, seed=0)
+    for step, ids in delivered(folder).items():
+        np.testing.assert_array_equal(ids, plan.samples(step * 40, (step + 1) * 40)[0])
+    ours, theirs = points(folder), points(tmp_path / "undisturbed")
+    assert {s: v["train/loss"] for s, v in ours.items()} == {s: v["train/loss"] for s, v in theirs.items()}
+    final = f"checkpoints/step-{steps:08d}/model.safetensors"
+    weights = safetensors.torch.load_file(folder / final)
+    for name, value in safetensors.torch.load_file(tmp_path / "undisturbed" / final).items():
+        assert np.array_equal(value, weights[name]), name
+
+
+@pytest.fixture
+def cluster(ray_local) -> Iterator[dict[str, str]]:
+    """A Ray head with dashboard, as on a cluster, token authentication on; the environment that reaches it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        gcs = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_JOB")}
+        assert environment["RAY_AUTH_MODE"] == "token"
+        head = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "3",
+            "--port", str(gcs), "--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1",
+            "--dashboard-port", str(port), "--temp-dir", folder,
+        ]  # fmt: skip
+        log = Path(folder) / "head.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(head, env=environment, stdout=file, stderr=file, start_new_session=True)
+        try:
+            wait_until(lambda: "Ray runtime started" in log.read_text(), 60, log.read_text)
+            yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            wait_until(lambda: not left_behind(folder), 30, lambda: f"still there: {left_behind(folder)}")
+
+
+def test_as_a_job_on_a_cluster_without_its_mlflow_server(cluster, recipe, shards, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = free.getsockname()[1]
+    ray_command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
+    recipe_in_checkout = ROOT / "pipelines" / "recipes" / "digits.toml"
+    submitted = arguments(str(recipe_in_checkout.relative_to(ROOT)), shards, tmp_path, "job")
+    tiny = ["--train.steps", "8", "--log.every", "4", "--data.image-size", "16", "16", "--model.patch-size", "4",
+            "--model.depth", "1", "--probe.train", "", "--probe.test", ""]  # fmt: skip
+    environment = json.dumps({"env_vars": {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{nobody}"}})
+    done = subprocess.run(
+        [*ray_command, "--working-dir", ".", "--runtime-env-json", environment, "--",
+         sys.executable, "pipelines/pretrain.py", *submitted, *tiny],
+        cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 8 of 8  loss" in done.stdout
+    assert "no MLflow run yet" in done.stdout + done.stderr
+    assert json.loads((tmp_path / "job" / "result.json").read_text())["step"] == 8
+
+    # the record waited in the spool; any store takes it later
+    from mlflow.tracking import MlflowClient
+
+    store = f"sqlite:///{tmp_path}/late.db"
+    synced = subprocess.run(
+        [sys.executable, "-m", "pipelines.sync", "job", "--storage", str(tmp_path), "--tracking-uri", store],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert synced.returncode == 0, synced.stderr
+    client = MlflowClient(tracking_uri=store)
+    (run,) = client.search_runs([client.get_experiment_by_name("mae-on-ray").experiment_id])
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [4, 8]
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--data.train", "nowhere"], "nowhere"),
+        (["--data.train", ""], "data.train is not given"),
+        (["--data.image-size", "18", "16"], "not divisible by the patch size 4"),
+        (["--model.mask-ratio", "0.99"], "mask"),
+        (["--model.arch", "vit_bsae_patch16_224"], "vit_bsae_patch16_224"),
+        (["--model.heads", "5"], "heads"),
+        (["--scale.workers", "64"], "64 workers with 0.5 CPUs each"),
+        (["--run.init-from", "nothing.pth"], "no file"),
+        (["--probe.test", "x"], "probe.test is given without probe.train"),
+    ],
+)
+def test_wrong_input_is_one_line(recipe, shards, tmp_path, flags, told, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        main(arguments(recipe(4), shards, tmp_path / "runs", "wrong", *flags))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs" / "wrong" / "checkpoints").exists()
+
+
+def test_the_command_exits_with_2_and_one_line(recipe, shards, tmp_path):
+    for more in (["--model.mask-ratio", "2"], ["--data.train", str(tmp_path / "none")]):
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines.pretrain", *arguments(recipe(4), shards, tmp_path, "wrong"), *more],
+            cwd=ROOT, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_read_only_folder_is_one_line(recipe, shards, tmp_path):
+    # Root writes anywhere, so the folder's place is taken by a file.
+    (tmp_path / "runs").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.pretrain", *arguments(recipe(4), shards, tmp_path / "runs", "wrong")],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,479 @@
+"""The record on real stores: SQLite, and a real MLflow server that is down, hung, slow to answer, and back."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.errors import UserError
+from pipelines.spool import Spool
+from pipelines.tracking import (
+    DatasetInput,
+    RunDescription,
+    RunRecord,
+    create_run,
+    resolve_tracking_uri,
+    send,
+    start_follower,
+)
+
+ROOT = Path(__file__).parents[2]
+
+# MLflow's own SQLite store, read back in this process, uses what SQLAlchemy 2.1 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.1)
+
+
+class Server:
+    """An MLflow server process with its workers, on loopback."""
+
+    def __init__(self, folder: Path):
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        folder = self._folder
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
+        command += ["--artifacts-destination", str(folder / "artifacts")]
+        with (folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        eventually(self._answers, 90)
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
+        with contextlib.suppress(OSError), contextlib.closing(connection):
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        return False
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            # The whole group: killed alone, the parent leaves its uvicorn workers behind.
+            self.signal(signal.SIGKILL)
+            self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def description(name: str, **params: object) -> RunDescription:
+    data = DatasetInput(name="photos", digest="ab" * 32, source="s3://bucket/photos", num_samples=7)
+    tags = {"mlflow.source.git.commit": "0123abc"}
+    return RunDescription.model_validate(
+        {"experiment": "tests", "name": name, "params": params, "tags": tags, "datasets": (data,)}
+    )
+
+
+def write_steps(spool: Spool, steps: range) -> None:
+    for step in steps:
+        spool.metrics(step, {"train/loss": 1 / (step + 1), "perf/images_per_s": 100.0 + step})
+
+
+def write_picture(folder: Path, spool: Spool, step: int) -> None:
+    file = f"pictures/step-{step:08d}.png"
+    (folder / "pictures").mkdir(exist_ok=True)
+    pixels = np.random.default_rng(step).integers(0, 256, (16, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / file)
+    spool.image(step, "reconstruction", file)
+
+
+def client(uri: str):
+    from pipelines.mlflow_client import connect
+
+    return connect(uri, may_create=False)
+
+
+def steps_of(uri: str, run_id: str, key: str = "train/loss") -> list[int]:
+    return sorted(metric.step for metric in client(uri).get_metric_history(run_id, key))
+
+
+def pictures_of(uri: str, run_id: str) -> list[int]:
+    """The step of each picture that the MLflow UI would show."""
+    names = [Path(file.path).name for file in client(uri).list_artifacts(run_id, "images")]
+    return sorted(int(name.split("+")[2]) for name in names if "+compressed" in name)
+
+
+def sync(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "pipelines.sync", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_sqlite_from_beginning_to_continued_run(tmp_path: Path):
+    uri = resolve_tracking_uri(str(tmp_path))
+    assert uri == f"sqlite:///{tmp_path}/mlflow.db"
+    folder = tmp_path / "cells"
+    plan = description("cells", **{"optim.base_lr": 1.5e-4, "data.train": ""})
+    run_id = create_run(folder, plan, tracking_uri=uri)
+    assert run_id is not None
+    spool = Spool(folder)
+    spool.status("RUNNING")
+    follower = start_follower(folder)
+    write_steps(spool, range(50))
+    write_picture(folder, spool, 49)
+    (folder / "config.json").write_text("{}")
+    spool.artifact("config.json", "configuration")
+    spool.status("FINISHED")
+    spool.close()
+    assert follower.stop(60)
+
+    run = client(uri).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "cells"
+    assert run.data.params == {"optim.base_lr": "0.00015", "data.train": ""}
+    assert run.data.tags["mlflow.source.git.commit"] == "0123abc"
+    assert run.data.metrics["train/loss"] == 1 / 50
+    assert run.inputs is not None
+    assert run.info.artifact_uri is not None
+    assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["photos"]
+    assert run.info.artifact_uri.startswith((tmp_path / "mlartifacts").as_uri())
+    assert steps_of(uri, run_id) == list(range(50))
+    assert pictures_of(uri, run_id) == [49]
+    assert [file.path for file in client(uri).list_artifacts(run_id, "configuration")] == ["configuration/config.json"]
+
+    # The same name again, with another learning rate: the same MLflow run goes on.
+    plan = description("cells", **{"optim.base_lr": 3e-4, "data.train": ""})
+    assert create_run(folder, plan, tracking_uri=uri) == run_id
+    spool = Spool(folder)
+    spool.status("RUNNING")
+    spool.close()
+    assert send(folder, timeout_s=60).left == 0
+    run = client(uri).get_run(run_id)
+    assert run.info.status == "RUNNING"
+    assert run.data.params["optim.base_lr"] == "0.00015"
+    assert run.data.tags["mae.changed.optim.base_lr"] == "0.0003"
+    assert run.inputs is not None
+    assert len(run.inputs.dataset_inputs) == 1
+    assert len(client(uri).search_runs([run.info.experiment_id])) == 1
+
+
+def test_server_down_from_the_start_and_back_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    server = Server(tmp_path)
+    folder = tmp_path / "runs" / "night"
+    began = time.monotonic()
+    assert create_run(folder, description("night"), tracking_uri=server.uri, timeout_s=5) is None
+    assert "not reachable" in capsys.readouterr().err
+    spool = Spool(folder)
+    follower = start_follower(folder)
+    write_steps(spool, range(2500))
+    write_picture(folder, spool, 100)
+    spool.status("FINISHED")
+    spool.close()
+    assert not follower.stop(10)
+    assert time.monotonic() - began < 30
+
+    down = sync("night", "--storage", str(tmp_path / "runs"))
+    assert down.returncode == 2
+    assert len(down.stderr.splitlines()) == 1
+    assert "not reachable" in down.stderr
+
+    try:
+        server.start()
+        done = sync("night", "--storage", str(tmp_path / "runs"))
+        assert done.returncode == 0, done.stderr
+        assert "sent 5000 points and 1 files" in done.stdout
+        run_id = RunRecord.read(folder).mlflow_run_id
+        assert run_id is not None
+        assert steps_of(server.uri, run_id) == list(range(2500))
+        assert pictures_of(server.uri, run_id) == [100]
+        assert client(server.uri).get_run(run_id).info.status == "FINISHED"
+        again = sync("night", "--storage", str(tmp_path / "runs"))
+        assert "sent 0 points and 0 files" in again.stdout
+    finally:
+        server.stop()
+
+
+def test_hung_server_costs_no_step_and_no_point(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "hung"
+    run_id = create_run(folder, description("hung"), tracking_uri=server.uri, timeout_s=60)
+    assert run_id is not None
+    spool = Spool(folder)
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+        follower = start_follower(folder)
+    write_steps(spool, range(10))
+    eventually(lambda: steps_of(server.uri, run_id) == list(range(10)))
+
+    server.signal(signal.SIGSTOP)
+    try:
+        seconds = []
+        for step in range(10, 2010):
+            began = time.perf_counter()
+            write_steps(spool, range(step, step + 1))
+            seconds.append(time.perf_counter() - began)
+            time.sleep(0.002)
+        assert np.quantile(seconds, 0.99) < 1e-3
+        eventually(lambda: "no answer" in (folder / "sync.log").read_text())
+        # A second run that starts now does not wait for the server either.
+        began = time.monotonic()
+        assert create_run(tmp_path / "late", description("late"), tracking_uri=server.uri, timeout_s=3) is None
+        assert time.monotonic() - began < 30
+    finally:
+        server.signal(signal.SIGCONT)
+    eventually(lambda: steps_of(server.uri, run_id)[-1] == 2009)
+    assert steps_of(server.uri, run_id) == list(range(2010))
+    spool.close()
+    assert follower.stop(30)
+
+
+class Cutting(BaseHTTPRequestHandler):
+    """Passes requests on to ``upstream``; kills ``victim`` instead of giving it the answer to a matching one."""
+
+    protocol_version = "HTTP/1.1"
+    upstream = 0
+    matches: Callable[[str, bytes], bool] = staticmethod(lambda _path, _body: False)
+    victim: int | None = None
+    cut = threading.Event()
+
+    def _pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=30)) as connection:
+            connection.request(self.command, self.path, body, dict(self.headers))
+            response = connection.getresponse()
+            answer = response.read()
+        if self.matches(self.path, body) and not self.cut.is_set():
+            assert self.victim is not None
+            os.kill(self.victim, signal.SIGKILL)
+            self.cut.set()
+            self.close_connection = True
+            return
+        self.send_response(response.status)
+        self.send_header("Content-Type", response.headers.get("Content-Type", "application/json"))
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST = do_PUT = _pass_on
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("what", ["points", "picture"])
+def test_follower_killed_between_acceptance_and_note(tmp_path: Path, server: Server, what: str):
+    def matches(path: str, body: bytes) -> bool:
+        return "+compressed" in path if what == "picture" else b"train/loss" in body and "log-batch" in path
+
+    handler = type(
+        "Handler", (Cutting,), {"upstream": server.port, "matches": staticmethod(matches), "cut": threading.Event()}
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever)
+        thread.start()
+        try:
+            folder = tmp_path / f"cut-{what}"
+            uri = f"http://127.0.0.1:{proxy.server_address[1]}"
+            run_id = create_run(folder, description(folder.name), tracking_uri=uri, timeout_s=60)
+            assert run_id is not None
+            spool = Spool(folder)
+            write_steps(spool, range(300))
+            write_picture(folder, spool, 299)
+            spool.close()
+            follower = start_follower(folder)
+            handler.victim = follower.pid
+            assert handler.cut.wait(60)
+            assert not follower.stop(10)
+            # MLflow has it, and the folder does not know.
+            assert steps_of(server.uri, run_id) == list(range(300))
+            sent = send(folder, timeout_s=60)
+            assert (sent.points, sent.files, sent.left) == (0, 1 if what == "points" else 0, 0)
+        finally:
+            proxy.shutdown()
+            thread.join()
+    assert steps_of(server.uri, run_id) == list(range(300))
+    assert pictures_of(server.uri, run_id) == [299]
+
+
+def test_machine_lost_with_its_spool(tmp_path: Path, server: Server):
+    """The run goes on elsewhere, from an older copy of the spool: replayed points have other times."""
+    folder = tmp_path / "moved"
+    run_id = create_run(folder, description("moved"), tracking_uri=server.uri, timeout_s=60)
+    assert run_id is not None
+    spool = Spool(folder)
+    write_steps(spool, range(20))
+    copy = (folder / "metrics.jsonl").read_bytes()
+    write_steps(spool, range(20, 40))
+    spool.close()
+    assert send(folder, timeout_s=60).points == 80
+
+    (folder / "sent.json").unlink()
+    (folder / "metrics.jsonl").write_bytes(copy)
+    time.sleep(0.01)
+    spool = Spool(folder)
+    write_steps(spool, range(15, 60))
+    spool.close()
+    assert send(folder, timeout_s=60).points == 40
+    assert steps_of(server.uri, run_id) == list(range(60))
+
+
+def test_two_senders_at_once(tmp_path: Path, server: Server):
+    folder = tmp_path / "twice"
+    create_run(folder, description("twice"), tracking_uri=server.uri, timeout_s=60)
+    spool = Spool(folder)
+    for step in range(6):
+        write_steps(spool, range(step, step + 1))
+        write_picture(folder, spool, step)
+    spool.close()
+    results: list[subprocess.CompletedProcess[str]] = []
+    threads = [threading.Thread(target=lambda: results.append(sync("twice", "--storage", str(tmp_path)))) for _ in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [result.returncode for result in results] == [0, 0], results
+    run_id = RunRecord.read(folder).mlflow_run_id
+    assert run_id is not None
+    assert steps_of(server.uri, run_id) == list(range(6))
+    assert pictures_of(server.uri, run_id) == list(range(6))
+
+
+TRAINER = """
+import os, signal, sys, time
+from pathlib import Path
+from pipelines.spool import Spool
+from pipelines.tracking import start_follower
+folder = Path(sys.argv[1])
+spool = Spool(folder)
+spool.status("RUNNING")
+follower = start_follower(folder)
+for step in range(100):
+    spool.metrics(step, {"train/loss": 1.0})
+print(follower.pid, flush=True)
+time.sleep(float(sys.argv[2]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_trainer_is_not_running_for_ever(tmp_path: Path, server: Server):
+    folder = tmp_path / "killed"
+    run_id = create_run(folder, description("killed"), tracking_uri=server.uri, timeout_s=60)
+    assert run_id is not None
+    trainer = subprocess.run(
+        [sys.executable, "-c", TRAINER, str(folder), "1"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert trainer.returncode == -signal.SIGKILL, trainer.stderr
+    eventually(lambda: client(server.uri).get_run(run_id).info.status == "KILLED")
+    assert steps_of(server.uri, run_id) == list(range(100))
+    eventually(lambda: not Path(f"/proc/{trainer.stdout.strip()}").exists())
+
+
+def test_values_that_are_no_numbers(tmp_path: Path):
+    uri = resolve_tracking_uri(str(tmp_path))
+    folder = tmp_path / "diverged"
+    run_id = create_run(folder, description("diverged"), tracking_uri=uri)
+    assert run_id is not None
+    spool = Spool(folder)
+    for step, value in enumerate([1.0, float("inf"), float("nan"), float("-inf"), 2.0]):
+        spool.metrics(step, {"train/loss": value})
+    spool.close()
+    assert send(folder, timeout_s=60).points == 2
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["metrics"]["train/loss"] for line in lines] == [1.0, "inf", "nan", "-inf", 2.0]
+    run = client(uri).get_run(run_id)
+    assert run.data.metrics == {"train/loss": 2.0}
+    assert steps_of(uri, run_id) == [0, 4]
+    assert json.loads(run.data.tags["mae.nonfinite"]) == {"train/loss": 3}
+
+
+def test_spool_after_a_killed_writer(tmp_path: Path):
+    spool = Spool(tmp_path)
+    write_steps(spool, range(10))
+    spool.image(5, "reconstruction", "pictures/5.png")
+    spool.close()
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 10, "time": 1.0, "metr')
+
+    spool = Spool(tmp_path)
+    assert path.read_bytes() == whole
+    # Resumed from step 6: what is there already is not written again, and a new metric is.
+    write_steps(spool, range(6, 12))
+    spool.image(5, "reconstruction", "pictures/5.png")
+    spool.metrics(9, {"train/loss": 0.0, "probe/knn_top1": 0.5})
+    spool.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line.get("metrics", {})] == list(range(12))
+    assert [line["step"] for line in lines if "image" in line] == [5]
+    assert lines[-1]["metrics"] == {"probe/knn_top1": 0.5}
+
+
+def test_sync_says_what_is_wrong(tmp_path: Path):
+    uri = resolve_tracking_uri(str(tmp_path))
+    create_run(tmp_path / "cells-b16", description("cells-b16"), tracking_uri=uri)
+    wrong = sync("cell-b16", "--storage", str(tmp_path))
+    assert wrong.returncode == 2
+    assert "did you mean cells-b16?" in wrong.stderr
+    assert len(wrong.stderr.splitlines()) == 1
+    folder_uri = sync("cells-b16", "--storage", str(tmp_path), "--tracking-uri", str(tmp_path / "mlruns"))
+    assert folder_uri.returncode == 2
+    assert "sqlite:///" in folder_uri.stderr
+
+
+def test_no_password_is_written_or_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "secret"
+    uri = f"http://ann:hunter2@127.0.0.1:{free_port()}"
+    plan = description("secret", **{"data.train": "https://ann:hunter2@host/shards"})
+    assert create_run(folder, plan, tracking_uri=uri, timeout_s=5) is None
+    assert not start_follower(folder, tracking_uri=uri).stop(5)
+    text = "".join(path.read_text() for path in folder.iterdir() if path.is_file())
+    assert "127.0.0.1" in text
+    assert "hunter2" not in text + capsys.readouterr().err
+
+
+def test_tracking_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_tracking_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert resolve_tracking_uri("s3://bucket/runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    assert resolve_tracking_uri("runs") == f"sqlite:///{tmp_path}/other.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    with pytest.raises(UserError, match="sqlite:///"):
+        resolve_tracking_uri("runs")
+
+
+def test_the_loop_does_not_import_mlflow():
+    code = "import sys, pipelines.tracking, pipelines.spool; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

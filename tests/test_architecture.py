@@ -1,0 +1,79 @@
+"""Who may import whom: tune -> pipelines -> mae_core, and inside pipelines jobs -> training, data, tracking -> config."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("mae_core", "pipelines", "tune", "cluster", "benchmarks", "tests")
+# What a room may not know: the method runs in a notebook, without a cluster and without a record.
+FOREIGN = {"mae_core": ("ray", "mlflow", "webdataset")}
+MAY_IMPORT = {
+    "mae_core": {"mae_core"},
+    "pipelines": {"mae_core", "pipelines"},
+    "tune": {"mae_core", "pipelines", "tune"},
+}
+JOBS = ("make_shards", "check_shards", "pretrain", "sync")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the direction"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def under(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
+def test_rooms_import_only_what_lies_below(room):
+    for path in modules(room):
+        for name in imports(path):
+            allowed = MAY_IMPORT[room]
+            assert name.split(".")[0] not in set(ROOMS) - allowed, f"{path} imports {name}"
+            assert not under(name, *FOREIGN.get(room, ())), f"{path} imports {name}"
+
+
+def test_jobs_stand_on_top_of_pipelines():
+    jobs = tuple(f"pipelines.{job}" for job in JOBS)
+    for path in modules("pipelines"):
+        for name in imports(path):
+            assert not under(name, *jobs), f"{path} imports the job {name}"
+
+
+def test_data_and_tracking_know_nothing_of_training():
+    below = [*modules("pipelines/data"), *(ROOT / "pipelines" / f"{name}.py" for name in ("tracking", "spool"))]
+    for path in below:
+        for name in imports(path):
+            assert not under(name, "pipelines.training"), f"{path} imports {name}"
+    for name in imports(ROOT / "pipelines" / "config.py"):
+        assert not under(name, "pipelines.data", "pipelines.training", "pipelines.tracking"), name
+
+
+def test_the_plan_and_the_readers_know_no_ray():
+    for module in ("plan", "readers", "shards"):
+        for name in imports(ROOT / "pipelines" / "data" / f"{module}.py"):
+            assert not under(name, "ray"), f"{module} imports {name}"
+
+
+def test_packages_list_every_room():
+    import tomllib
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        str(path.parent.relative_to(ROOT)).replace("/", ".")
+        for room in MAY_IMPORT
+        for path in (ROOT / room).rglob("__init__.py")
+    }
+    assert sorted(listed) == sorted(found)
