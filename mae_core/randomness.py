@@ -65,8 +65,9 @@ def uniform(purpose: Purpose, *key: Integers) -> np.ndarray:
 def permute(index: np.ndarray, size: int, *key: int) -> np.ndarray:
     """Maps positions through a keyed pseudo-random permutation of ``range(size)``, without a table.
 
-    A four-round Feistel network on the next even number of bits, walked until the value falls below ``size``
+    An eight-round Feistel network on the next even number of bits, walked until the value falls below ``size``
     (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): O(1) memory, any position at the same cost.
+    With four rounds neighbours stayed neighbours a quarter too often.
 
     Args:
         index: int64 array of positions in ``[0, size)``.
@@ -78,7 +79,7 @@ def permute(index: np.ndarray, size: int, *key: int) -> np.ndarray:
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)
-    keys = [hash_u64(Purpose.RANGES, *key, round_) for round_ in range(4)]
+    keys = hash_u64(Purpose.RANGES, *key, np.arange(8))
     value = index.astype(np.uint64)
     outside = np.ones(value.shape, bool)
     while outside.any():

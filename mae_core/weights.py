@@ -52,19 +52,44 @@ def save(model: MaskedAutoencoder, path: str | Path) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     tensors = {name: tensor.detach().contiguous() for name, tensor in official_state(model).items()}
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", _SHAPES: json.dumps(_unseen_shapes(model))})
+        save_file(tensors, temporary, metadata=file_metadata(model))
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _unseen_shapes(model: MaskedAutoencoder) -> dict[str, int | list[int]]:
-    return {
+def file_metadata(model: MaskedAutoencoder) -> dict[str, str]:
+    """What a safetensors file says of a model beside its tensors: what their shapes do not tell."""
+    unseen = {
         "num_heads": model.num_heads,
         "decoder_num_heads": model.decoder_heads,
         "image_size": list(model.image_size),
     }
+    return {"format": "pt", _SHAPES: json.dumps(unseen)}
+
+
+def read_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint (.pth or .safetensors) under its own keys; nothing in it is executed.
+
+    Raises:
+        ValueError: It cannot be read as one.
+        OSError: It cannot be opened.
+    """
+    return _read(Path(path))[0]
+
+
+def load_state(model: MaskedAutoencoder, state: dict[str, torch.Tensor]) -> None:
+    """Fills a model with a full state dict in the official layout.
+
+    Raises:
+        ValueError: Keys or shapes do not fit.
+    """
+    names = {name.removeprefix(_ENCODER): name for name in model.state_dict()}
+    try:
+        model.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()}, strict=True)
+    except RuntimeError as error:
+        raise ValueError(" ".join(str(error).splitlines()[1:2]).strip()) from error
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int | list[int]]]:
@@ -172,10 +197,8 @@ def load_official(
         mask_ratio=mask_ratio,
         normalize_pixels=normalize_pixels,
     )
-    names = {name.removeprefix(_ENCODER): name for name in model.state_dict()}
     try:
-        model.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()}, strict=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).splitlines()[1:2]).strip()
-        raise ValueError(f"{path} does not fit the official layout: {reason}") from error
+        load_state(model, state)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the official layout: {error}") from error
     return model

@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 T = TypeVar("T", bound=pydantic.BaseModel)
 
 _BOX = re.compile(r"[╭╮╰╯│─]+")
-# What tyro says when a schema refuses: "Error parsing model: 1 validation error for Model mask_ratio Input should be ..."
+# What tyro says when a schema refuses: "Error parsing model: 1 validation error for Model mask_ratio Input ..."
 _REFUSED = re.compile(
     r"Error parsing (?P<section>\w+): \d+ validation errors? for \w+ (?P<told>.+?) "
     r"\[type=(?P<type>\w+), input_value=(?P<found>.*?), input_type=.*"

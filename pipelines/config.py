@@ -25,13 +25,13 @@ class Section(pydantic.BaseModel):
 class Run(Section):
     """Which run this is, and where it lies."""
 
-    name: str = Field("mae", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="mae", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's identity: submitting the same name again continues it."""
     storage: str = "runs"
     """Folder or s3:// address that holds the runs, each in a folder of its name."""
     experiment: str = "mae-on-ray"
     """MLflow experiment."""
-    seed: int = Field(0, ge=0, lt=SEED_LIMIT)
+    seed: int = Field(default=0, ge=0, lt=SEED_LIMIT)
     """Defines every random choice, together with epoch and sample."""
     init_from: str = ""
     """Weights to begin with: an official MAE checkpoint (.pth) or a model.safetensors; empty: from scratch."""
@@ -56,7 +56,7 @@ class Data(Section):
     """Smallest and largest share of the image's area that a random crop covers."""
     flip: bool = True
     """Mirror half of the crops."""
-    cpus_per_task: float = Field(0.5, gt=0)
+    cpus_per_task: float = Field(default=0.5, gt=0)
     """CPUs that one reading and decoding task claims from Ray."""
 
 
@@ -65,54 +65,54 @@ class Model(Section):
 
     arch: str = "vit_base_patch16_224"
     """A plain ViT of timm, by name."""
-    patch_size: int = Field(0, ge=0)
+    patch_size: int = Field(default=0, ge=0)
     """Side of a patch in pixels; 0: as the architecture has it."""
-    width: int = Field(0, ge=0)
+    width: int = Field(default=0, ge=0)
     """Encoder width; 0: as the architecture has it."""
-    depth: int = Field(0, ge=0)
+    depth: int = Field(default=0, ge=0)
     """Encoder blocks; 0: as the architecture has it."""
-    heads: int = Field(0, ge=0)
+    heads: int = Field(default=0, ge=0)
     """Encoder heads; 0: as the architecture has it."""
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of the patches that is hidden from the encoder."""
     target: Literal["raw", "normalized"] = "normalized"
     """What is reconstructed: pixels, or pixels normalised within each patch."""
-    decoder_width: int = Field(512, gt=0)
+    decoder_width: int = Field(default=512, gt=0)
     """Decoder width."""
-    decoder_depth: int = Field(8, gt=0)
+    decoder_depth: int = Field(default=8, gt=0)
     """Decoder blocks."""
-    decoder_heads: int = Field(16, gt=0)
+    decoder_heads: int = Field(default=16, gt=0)
     """Decoder heads."""
 
 
 class Batch(Section):
     """How a batch is cut."""
 
-    global_size: int = Field(4096, gt=0)
+    global_size: int = Field(default=4096, gt=0)
     """Images an optimiser step, over all workers: part of what defines the result."""
-    micro_size: int = Field(64, gt=0)
+    micro_size: int = Field(default=64, gt=0)
     """Largest number of images that a worker takes at once; the rest is accumulated."""
 
 
 class Optim(Section):
     """AdamW and its schedule (paper, appendix A.1)."""
 
-    base_lr: float = Field(1.5e-4, gt=0)
+    base_lr: float = Field(default=1.5e-4, gt=0)
     """Learning rate for 256 images a step; it scales with the global batch."""
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     """Decay of the weights, not of biases and one-dimensional parameters."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
-    warmup_epochs: float = Field(40.0, ge=0)
+    warmup_epochs: float = Field(default=40.0, ge=0)
     """Epochs over which the learning rate rises from 0, step by step."""
 
 
 class Train(Section):
     """How long, and in what arithmetic."""
 
-    epochs: float = Field(800.0, ge=0)
+    epochs: float = Field(default=800.0, ge=0)
     """Passes over the training data; ignored where steps are given."""
-    steps: int = Field(0, ge=0)
+    steps: int = Field(default=0, ge=0)
     """Optimiser steps; 0: as many as the epochs make."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on a GPU, float32 on a CPU."""
@@ -123,28 +123,28 @@ class Train(Section):
 class Scale(Section):
     """On what it runs; none of it changes the result beyond rounding."""
 
-    workers: int = Field(1, ge=1)
+    workers: int = Field(default=1, ge=1)
     """Ray Train workers."""
-    cpus_per_worker: float = Field(1.0, gt=0)
+    cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs that a worker claims from Ray; leave some for reading and decoding."""
     gpu: bool = False
     """One GPU for each worker."""
-    max_failures: int = Field(8, ge=-1)
+    max_failures: int = Field(default=8, ge=-1)
     """Restarts of the worker group after a failure; -1: without limit."""
     address: str = ""
     """Ray cluster to join ('auto': one on this machine); empty: RAY_ADDRESS, else a local Ray."""
-    segment_tasks: int = Field(64, ge=2)
+    segment_tasks: int = Field(default=64, ge=2)
     """Reading tasks in one Ray Data execution; the next execution starts before the last has ended."""
 
 
 class Checkpoint(Section):
     """When the state is saved."""
 
-    every_steps: int = Field(0, ge=0)
+    every_steps: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0: by minutes alone."""
-    every_minutes: float = Field(10.0, gt=0)
+    every_minutes: float = Field(default=10.0, gt=0)
     """Minutes between checkpoints."""
-    keep: int = Field(3, ge=2)
+    keep: int = Field(default=3, ge=2)
     """Checkpoints that are kept; at least two, so that a broken one has an older to fall back to."""
 
 
@@ -155,17 +155,17 @@ class Probe(Section):
     """Labelled shards for the probes; empty: none."""
     test: str = ""
     """Labelled shards that are read once, at the end; empty: none."""
-    every_epochs: float = Field(0.0, ge=0)
+    every_epochs: float = Field(default=0.0, ge=0)
     """Epochs between probes on a validation split of probe.train; 0: at the start and the end only."""
-    knn_k: int = Field(20, gt=0)
+    knn_k: int = Field(default=20, gt=0)
     """Neighbours that vote."""
     pool: Literal["mean", "cls"] = "mean"
     """Features: the mean of the patch tokens, or the class token."""
-    val_share: float = Field(0.1, gt=0, lt=1)
+    val_share: float = Field(default=0.1, gt=0, lt=1)
     """Share of probe.train that is held out for choosing."""
-    crop_share: float = Field(0.875, gt=0, le=1)
+    crop_share: float = Field(default=0.875, gt=0, le=1)
     """Side of the central crop over the image's shorter side."""
-    samples: int = Field(0, ge=0)
+    samples: int = Field(default=0, ge=0)
     """Images of probe.train that are used; 0: all."""
     random_baseline: bool = True
     """Also score a randomly initialised encoder of the same shape at the end."""
@@ -174,9 +174,9 @@ class Probe(Section):
 class Log(Section):
     """What is told."""
 
-    every: int = Field(10, gt=0)
+    every: int = Field(default=10, gt=0)
     """Steps between two progress lines and two points of the record (means over the steps between)."""
-    pictures: int = Field(8, ge=0)
+    pictures: int = Field(default=8, ge=0)
     """Images in the reconstruction picture; 0: no picture."""
     ids: bool = False
     """Write the sample ids of every step to ids/ in the run's folder: a proof of the order, for audits."""

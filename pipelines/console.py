@@ -4,6 +4,7 @@ import threading
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 
 @ray.remote(num_cpus=0)
@@ -53,7 +54,7 @@ class Printer:
     def _print(self) -> None:
         try:
             lines = ray.get(self._console.take.remote(), timeout=30)
-        except ray.exceptions.RayError:
+        except RayError:
             return
         for line in lines:
             print(line, flush=True)

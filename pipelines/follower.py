@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from pipelines.mlflow_client import Sender
+from pipelines.sender import Sender
 from pipelines.spool import SPOOL_FILE, Spool, read_spool, redact, writer_name
 from pipelines.tracking import RunRecord, client_tracking_uri
 

@@ -15,7 +15,7 @@ from pipelines.cli import parse
 from pipelines.errors import UserError, run_command
 from pipelines.spool import SPOOL_FILE, redact
 from pipelines.storage import Store, absolute
-from pipelines.tracking import RUN_FILE, RunRecord, absolute_tracking_uri
+from pipelines.tracking import RUN_FILE, RunRecord, absolute_tracking_uri, quiet_environment
 
 
 class Args(pydantic.BaseModel):
@@ -37,8 +37,9 @@ def main() -> int:
     folder = run_folder(args.name, args.storage)
     uri = absolute_tracking_uri(args.tracking_uri) if args.tracking_uri else tracking_uri(folder)
 
-    # Not before the arguments are known to be right: importing MLflow takes seconds.
-    from pipelines.mlflow_client import Sender
+    # Not before the arguments are known to be right, as importing MLflow takes seconds, nor without these settings.
+    os.environ.update(quiet_environment())
+    from pipelines.sender import Sender
 
     sent = Sender(folder, uri, may_create=True).send()
     print(f"{args.name}: sent {sent.points} points and {sent.files} files to {redact(uri)}, {sent.left} lines left")

@@ -22,7 +22,6 @@ import pydantic
 
 from pipelines.errors import UserError
 from pipelines.spool import SPOOL_FILE, redact
-from pipelines.spool import Spool as Spool
 from pipelines.storage import Store
 
 RUN_FILE = "run.json"

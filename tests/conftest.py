@@ -1,5 +1,6 @@
 """What all tests share: one local Ray in a temporary directory of its own."""
 
+import logging
 import os
 import secrets
 import tempfile
@@ -24,7 +25,7 @@ def ray_local() -> Iterator[None]:
 
     # Socket paths have a length limit: a short directory of our own, not pytest's.
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=folder, logging_level="WARNING")
+        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=folder, logging_level=logging.WARNING)
         yield
         ray.shutdown()
 

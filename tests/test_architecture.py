@@ -1,4 +1,4 @@
-"""Who may import whom: tune -> pipelines -> mae_core, and inside pipelines jobs -> training, data, tracking -> config."""
+"""Who may import whom: tune -> pipelines -> mae_core; in pipelines: jobs -> training, data, tracking -> config."""
 
 import ast
 from collections.abc import Iterator

@@ -36,9 +36,13 @@ class _PlanSource(Datasource):
     def estimate_inmemory_data_size(self) -> int:
         return self._block_bytes * sum(len(task) for task in self._tasks)
 
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, **_: Any) -> list[ReadTask]:
+    def get_read_tasks(
+        self,
+        parallelism: int,  # noqa: ARG002
+        per_task_row_limit: int | None = None,  # noqa: ARG002
+        data_context: DataContext | None = None,  # noqa: ARG002
+    ) -> list[ReadTask]:
         """The tasks as they were cut, whatever parallelism is asked for: Ray Data also asks to learn the sizes."""
-        del parallelism, per_task_row_limit
         return [self._task(task) for task in self._tasks]
 
     def _task(self, indices: range) -> ReadTask:
@@ -71,16 +75,15 @@ def open_segment(stream: Stream, steps: tuple[int, int], *, num_cpus: float) -> 
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     tasks = list(stream.cut.tasks(*steps))
-    dataset = ray.data.read_datasource(
-        _PlanSource(stream, tasks), override_num_blocks=len(tasks), num_cpus=num_cpus
-    )
+    dataset = ray.data.read_datasource(_PlanSource(stream, tasks), override_num_blocks=len(tasks), num_cpus=num_cpus)
     return dataset.streaming_split(stream.cut.world_size, equal=False)
 
 
 def receive(iterator: DataIterator, stream: Stream) -> Iterator[MicroBatch]:
     """A worker's micro-batches of one segment, in order."""
-    for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        assert isinstance(table, pa.Table)
+    # None means a block as it is; Ray's annotations do not know it.
+    batches: Any = iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)  # type: ignore[arg-type]
+    for table in batches:
         assert table.num_rows == 1, f"a block holds {table.num_rows} micro-batches: Ray Data merged blocks"
         yield parse_micro_batch(table, stream)
 

@@ -56,6 +56,6 @@ def initial_weights(model: MaskedAutoencoder, path: str) -> None:
     if not Path(path).is_file():
         raise UserError(f"run.init_from: no file '{path}'")
     try:
-        model.load_state_dict(weights.load_state(path))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"run.init_from: {path}: {str(error).splitlines()[0]}") from None
+        weights.load_state(model, weights.read_state(path))
+    except ValueError as error:
+        raise UserError(f"run.init_from: {path}: {error}") from None

@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON in a folder a step, with a manifest of checksums that is written last.
 
-``step-NNNNNNNN/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``state.json`` and ``manifest.json`` (the
-size and SHA-256 of the others). Without a manifest that all files agree with, it is not a checkpoint. Nothing in
-it is unpickled.
+``step-NNNNNNNN/`` holds ``model.safetensors`` (in the official MAE layout, as ``mae_core.weights`` reads it),
+``optimizer.safetensors``, ``state.json`` and ``manifest.json`` (the size and SHA-256 of the others). Without a manifest
+that all files agree with, it is not a checkpoint. Nothing in it is unpickled.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from mae_core import weights
+from mae_core.model import MaskedAutoencoder
 from pipelines.storage import Store
 
 _STEP = re.compile(r"step-(\d{8})")
@@ -65,14 +67,14 @@ def newest_whole(checkpoints: Store, warn: Callable[[str], None]) -> int | None:
     return None
 
 
-def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+def _names(model: nn.Module) -> dict[torch.Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+def snapshot(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
     """Copies a model's and its optimiser's state to the CPU, under the parameters' names."""
     # clone, since on a CPU there is nothing to copy and training would go on in the same memory
-    model_state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    model_state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.official_state(model).items()}
     names = _names(model)
     optimizer_state = {
         f"{key}/{names[parameter]}": torch.as_tensor(value).detach().to("cpu", copy=True)
@@ -82,8 +84,22 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
     return {"model.safetensors": model_state, "optimizer.safetensors": optimizer_state}
 
 
-def write(checkpoints: Store, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
-    """Writes a checkpoint, the manifest last."""
+def write(
+    checkpoints: Store,
+    step: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    metadata: dict[str, str],
+    state: dict[str, Any],
+) -> None:
+    """Writes a checkpoint, the manifest last.
+
+    Args:
+        checkpoints: The run's ``checkpoints`` folder.
+        step: Steps done.
+        tensors: From ``snapshot``.
+        metadata: What the safetensors files say beside the tensors.
+        state: Goes into ``state.json``.
+    """
     store = checkpoints.child(folder_name(step))
     store.delete()
     manifest: dict[str, Any] = {"step": step, "files": {}}
@@ -93,7 +109,7 @@ def write(checkpoints: Store, step: int, tensors: dict[str, dict[str, torch.Tens
         store.write(name, data)
 
     for name, values in tensors.items():
-        put(name, safetensors.torch.save({key: value.contiguous() for key, value in values.items()}))
+        put(name, safetensors.torch.save({key: value.contiguous() for key, value in values.items()}, metadata))
     put("state.json", json.dumps(state, indent=2).encode())
     store.write("manifest.json", json.dumps(manifest, indent=2))
 
@@ -112,14 +128,16 @@ def read_state(checkpoints: Store, step: int) -> dict[str, Any]:
     return json.loads(checkpoints.child(folder_name(step)).read("state.json"))
 
 
-def restore(checkpoints: Store, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+def restore(
+    checkpoints: Store, step: int, model: MaskedAutoencoder, optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Loads a checkpoint into a model and its optimiser, wherever they are.
 
     Raises:
-        RuntimeError: Names or shapes do not fit.
+        ValueError: Names or shapes do not fit.
     """
     store = checkpoints.child(folder_name(step))
-    model.load_state_dict(safetensors.torch.load(store.read("model.safetensors")))
+    weights.load_state(model, safetensors.torch.load(store.read("model.safetensors")))
     if optimizer is None:
         return
     found: dict[str, dict[str, torch.Tensor]] = {}
@@ -129,7 +147,7 @@ def restore(checkpoints: Store, step: int, model: nn.Module, optimizer: torch.op
     names = _names(model)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            # AdamW counts its steps in a float on the CPU unless it is fused on a GPU; the moments lie with the weights.
+            # The moments lie with the weights; the count of steps on the CPU, unless AdamW is fused on a GPU.
             fused_on_gpu = parameter.device.type == "cuda" and group.get("fused")
             optimizer.state[parameter] = {
                 key: value.to(parameter.device) if key != "step" or fused_on_gpu else value
@@ -153,7 +171,9 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> None:
         """Copies the state and begins to write it; waits first where the last one is still being written.
 
         Raises:
@@ -161,12 +181,13 @@ class Writer:
         """
         self.wait()
         tensors = snapshot(model, optimizer)
-        self._thread = threading.Thread(target=self._run, args=(step, tensors, state), daemon=True)
+        parts = (step, tensors, weights.file_metadata(model), state)
+        self._thread = threading.Thread(target=self._run, args=parts, daemon=True)
         self._thread.start()
 
-    def _run(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+    def _run(self, step: int, *parts: Any) -> None:
         try:
-            write(self._checkpoints, step, tensors, state)
+            write(self._checkpoints, step, *parts)
             prune(self._checkpoints, self._keep, step)
             self._after()
         except BaseException as error:  # raised where the next checkpoint is asked for

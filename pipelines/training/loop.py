@@ -34,7 +34,8 @@ from pipelines.training.probing import Prober
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import Trainer, train_step
 
-class Diverged(RuntimeError):
+
+class DivergedError(RuntimeError):
     """The loss has not been finite for many steps."""
 
 
@@ -74,7 +75,7 @@ def train_worker(job: Job) -> None:
         start = run.resume()
         run.train(start)
         run.finish()
-    except (ValueError, TypeError, LookupError, AssertionError, Diverged) as error:
+    except (ValueError, TypeError, LookupError, AssertionError, DivergedError) as error:
         ray.get(job.console.fail.remote(f"{type(error).__name__}: {error}", isinstance(error, UserError)))
         raise
     finally:
@@ -111,6 +112,8 @@ class _Worker:
         self.store = Store(config.run.storage).child(config.run.name)
         self.folder = RunFolder(self.store) if self.rank == 0 else None
         self.spool = Spool(self.folder.path) if self.folder else None
+        if self.spool:
+            self.spool.status("RUNNING")
         self.follower = start_follower(self.folder.path) if self.folder else None
         self.prober = Prober(config, self.rank, self.world_size, self.device, self.autocast, self.open_share)
         self.model = build_model(config).to(self.device)
@@ -136,7 +139,9 @@ class _Worker:
         if self.rank == 0:
             # By reference: what the collective carries itself should stay below a kilobyte.
             shares = [ray.put(open_segment(stream, steps, num_cpus=self.config.data.cpus_per_task))]
-        return ray.get(broadcast_from_rank_zero(shares)[0])[self.rank]
+        shares = broadcast_from_rank_zero(shares)
+        assert shares is not None
+        return ray.get(shares[0])[self.rank]
 
     # ---- before the first step
 
@@ -216,8 +221,8 @@ class _Worker:
             self.stream.cut,
             self.model.num_patches,
             config.run.seed,
-            config.data.mean,
-            config.data.std,
+            torch.tensor(config.data.mean, device=self.device),
+            torch.tensor(config.data.std, device=self.device),
             self.device,
             self.autocast,
         )
@@ -273,7 +278,7 @@ class _Worker:
                 f"{images_per_s:,.0f} images/s  waiting {100 * wait / elapsed:.0f} %  left {_clock(left)}{notes}"
             )
         if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
-            raise Diverged(
+            raise DivergedError(
                 f"the loss was not finite in the last {self.bad_in_a_row} steps before step {done}: lower "
                 "optim.base_lr, or look for images with strange values"
             )

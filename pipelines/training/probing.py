@@ -143,8 +143,8 @@ class Prober:
 
 def _score(
     found: Features,
-    known: torch.Tensor,
-    held_out: torch.Tensor,
+    known: np.ndarray,
+    held_out: np.ndarray,
     asked: Features | None,
     num_classes: int,
     config: Config,
@@ -159,7 +159,7 @@ def _score(
         seed=config.run.seed,
     )
     # The neighbours have nothing to choose, so on test data they are all of the training labels.
-    base = known if asked is None else torch.arange(len(found.labels_N))
+    base = known if asked is None else np.arange(len(found.labels_N))
     query_MD = found.features_ND[held_out] if asked is None else asked.features_ND
     labels_M = found.labels_N[held_out] if asked is None else asked.labels_N
     neighbours = knn_predict(

@@ -28,8 +28,8 @@ class Trainer:
         cut: How batches are cut.
         num_patches: N, for the masks.
         seed: The run's seed.
-        mean: Mean of each channel.
-        std: Standard deviation of each channel.
+        mean_C: Mean of each channel, on the device.
+        std_C: Standard deviation of each channel, on the device.
         device: Where the step computes.
         autocast: Gives the context of the forward pass.
     """
@@ -39,8 +39,8 @@ class Trainer:
     cut: Cut
     num_patches: int
     seed: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean_C: torch.Tensor
+    std_C: torch.Tensor
     device: torch.device
     autocast: Callable[[], torch.autocast]
     wait_s: float = 0.0
@@ -57,7 +57,7 @@ class Trainer:
         images_BHWC = torch.from_numpy(batch.images_BHWC.copy()).to(self.device)
         keys_B = mask_keys(self.seed, batch.epoch_B, batch.sample_B).to(self.device)
         weight_B = torch.from_numpy(batch.weight_B.copy()).to(self.device)
-        return normalize(images_BHWC, self.mean, self.std), mask_noise(keys_B, self.num_patches), weight_B
+        return normalize(images_BHWC, self.mean_C, self.std_C), mask_noise(keys_B, self.num_patches), weight_B
 
 
 def train_step(trainer: Trainer, batches: Iterator[MicroBatch], lr: float) -> torch.Tensor:

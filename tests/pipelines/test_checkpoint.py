@@ -45,7 +45,7 @@ def checkpoints(tmp_path):
 
 
 def save(checkpoints, step, model, optimizer):
-    checkpoint.write(checkpoints, step, checkpoint.snapshot(model, optimizer), {"step": step})
+    checkpoint.write(checkpoints, step, checkpoint.snapshot(model, optimizer), {}, {"step": step})
 
 
 def test_training_goes_on_bit_for_bit(checkpoints):

@@ -83,6 +83,11 @@ def points(folder):
     return found
 
 
+def losses(folder):
+    """The loss of every step."""
+    return {step: values["train/loss"] for step, values in points(folder).items() if "train/loss" in values}
+
+
 def delivered(folder):
     """The sample ids of every step, in order; what was done twice must have been the same."""
     parts = {}
@@ -105,9 +110,9 @@ def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
     assert "step 30 of 30  loss" in out
     assert "mlflow ui --backend-store-uri sqlite:///" in out
 
-    losses = [values["train/loss"] for _, values in sorted(points(folder).items()) if "train/loss" in values]
-    assert len(losses) == 30
-    assert losses[-1] < 0.9 * losses[0]
+    loss = losses(folder)
+    assert sorted(loss) == list(range(1, 31))
+    assert loss[30] < 0.9 * loss[1]
     scores = json.loads((folder / "result.json").read_text())["scores"]
     assert scores["test/linear_top1"] > 80
     assert {"test/knn_top1", "test/random_knn_top1", "test/random_linear_top1", "probe/effective_rank"} <= set(scores)
@@ -120,9 +125,7 @@ def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
     assert points(folder)[30]["data/skipped"] == 4
 
     # the encoder loads into timm
-    model = load_official(
-        folder / "checkpoints" / "step-00000030" / "model.safetensors", num_heads=2, decoder_num_heads=2
-    )
+    model = load_official(folder / "checkpoints" / "step-00000030" / "model.safetensors", decoder_num_heads=2)
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=0
     )
@@ -150,6 +153,7 @@ def check_record(folder):
     assert "git.commit" in run.data.tags
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert [point.step for point in history] == list(range(1, 31))
+    assert run.inputs is not None
     assert run.inputs.dataset_inputs[0].dataset.digest
     assert any("reconstruction" in item.path for item in client.list_artifacts(run.info.run_id, "images"))
 
@@ -236,8 +240,8 @@ def test_kills_change_nothing(recipe, shards, tmp_path, capfd):
     plan = Plan(300, seed=0)
     for step, ids in delivered(folder).items():
         np.testing.assert_array_equal(ids, plan.samples(step * 40, (step + 1) * 40)[0])
-    ours, theirs = points(folder), points(tmp_path / "undisturbed")
-    assert {s: v["train/loss"] for s, v in ours.items()} == {s: v["train/loss"] for s, v in theirs.items()}
+    assert losses(folder) == losses(tmp_path / "undisturbed")
+    assert len(losses(folder)) == steps
     final = f"checkpoints/step-{steps:08d}/model.safetensors"
     weights = safetensors.torch.load_file(folder / final)
     for name, value in safetensors.torch.load_file(tmp_path / "undisturbed" / final).items():
@@ -307,7 +311,9 @@ def test_as_a_job_on_a_cluster_without_its_mlflow_server(cluster, recipe, shards
     )  # fmt: skip
     assert synced.returncode == 0, synced.stderr
     client = MlflowClient(tracking_uri=store)
-    (run,) = client.search_runs([client.get_experiment_by_name("mae-on-ray").experiment_id])
+    experiment = client.get_experiment_by_name("mae-on-ray")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [4, 8]
     assert run.info.status == "FINISHED"
 

@@ -25,6 +25,7 @@ from pipelines.tracking import (
     RunDescription,
     RunRecord,
     create_run,
+    quiet_environment,
     resolve_tracking_uri,
     send,
     start_follower,
@@ -122,6 +123,7 @@ def write_picture(folder: Path, spool: Spool, step: int) -> None:
 
 
 def client(uri: str):
+    os.environ.update(quiet_environment())
     from pipelines.mlflow_client import connect
 
     return connect(uri, may_create=False)
