@@ -36,6 +36,8 @@ def connect(num_cpus: int = 0, address: str = "") -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"no Ray cluster at '{address}': {str(error).splitlines()[0]}") from None
     else:
+        # The raylet warns of every dozen of processes beyond this; a run has more actors than a small machine has CPUs.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         cpus = num_cpus or len(os.sched_getaffinity(0))
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     try:

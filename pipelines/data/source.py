@@ -88,70 +88,99 @@ def receive(iterator: DataIterator, stream: Stream) -> Iterator[MicroBatch]:
         yield parse_micro_batch(table, stream)
 
 
-Opener = Callable[[tuple[int, int]], DataIterator]
+class Segments:
+    """A stream's Ray Data executions, opened by all workers together: rank 0 starts each and deals the shares.
+
+    Args:
+        stream: What to read.
+        rank: This worker's rank.
+        num_cpus: CPUs that one reading task claims.
+        broadcast: Gives rank 0's value to all workers; called by all of them.
+    """
+
+    def __init__(self, stream: Stream, *, rank: int, num_cpus: float, broadcast: Callable[[Any], Any]):
+        self.stream = stream
+        self.rank = rank
+        self._num_cpus = num_cpus
+        self._broadcast = broadcast
+        self._opened: list[DataIterator] = []
+
+    def open(self, steps: tuple[int, int]) -> DataIterator:
+        """This worker's share of the steps; all workers call it at the same point of their work."""
+        shares = open_segment(self.stream, steps, num_cpus=self._num_cpus) if self.rank == 0 else None
+        shares = self._broadcast(shares)
+        if self.rank == 0:
+            self._opened.append(shares[0])
+            # All workers are here, so all are in the last segment at least, and done with what came before it.
+            self._end(self._opened[:-2])
+            del self._opened[:-2]
+        return shares[self.rank]
+
+    def close(self) -> None:
+        """Ends what is still open; for when all workers have read to the end."""
+        self._end(self._opened)
+        self._opened = []
+
+    @staticmethod
+    def _end(shares: list[DataIterator]) -> None:
+        # Ray keeps an execution's coordinator, an actor of some 200 MB, for as long as the job lives.
+        for share in shares:
+            ray.kill(share._coord_actor)  # type: ignore[attr-defined]
 
 
-def stream_batches(
-    stream: Stream, steps: tuple[int, int], *, rank: int, segment_tasks: int, open_share: Opener
-) -> Iterator[MicroBatch]:
+def stream_batches(segments: Segments, steps: tuple[int, int], *, num_tasks: int) -> Iterator[MicroBatch]:
     """A worker's micro-batches of a whole run, over as many Ray Data executions as it takes.
 
     The next execution is started from a thread while the last quarter of the present one is consumed, so that
     nothing waits where they change. Every micro-batch is held against the plan: its number and its samples.
 
     Args:
-        stream: What to read.
+        segments: The stream and its executions.
         steps: First step, and the one after the last.
-        rank: This worker's rank.
-        segment_tasks: Reading tasks in one execution.
-        open_share: Called on every worker with a segment's steps; gives this worker's iterator.
+        num_tasks: Reading tasks in one execution.
 
     Raises:
         RuntimeError: What arrived is not what the plan says.
     """
-    cut = stream.cut
-    segments = list(cut.segments(*steps, segment_tasks))
-    if not segments:
-        return
-    current = open_share(segments[0])
-    for number, (start, stop) in enumerate(segments):
+    stream, cut = segments.stream, segments.stream.cut
+    stretches = list(cut.segments(*steps, num_tasks))
+    current = segments.open(stretches[0]) if stretches else None
+    for number, (start, stop) in enumerate(stretches):
+        assert current is not None
+        batches = receive(current, stream)
         following: _Later | None = None
         ahead = stop - max(1, (stop - start) // 4)
-        batches = receive(current, stream)
         for step in range(start, stop):
-            if step >= ahead and following is None and number + 1 < len(segments):
-                following = _Later(open_share, segments[number + 1])
+            if step == ahead and number + 1 < len(stretches):
+                following = _Later(segments.open, stretches[number + 1])
             for turn in range(cut.accumulation):
-                expected = step * cut.micros + turn * cut.world_size + rank
-                batch = next(batches, None)
-                _check(stream, expected, batch)
-                assert batch is not None
-                yield batch
+                expected = step * cut.micros + turn * cut.world_size + segments.rank
+                yield _checked(stream, expected, next(batches, None))
         if next(batches, None) is not None:
             raise RuntimeError(f"the data of steps {start} to {stop - 1} holds more than the plan says")
-        if following is not None:
-            current = following.result()
+        current = following.result() if following is not None else None
 
 
-def _check(stream: Stream, expected: int, batch: MicroBatch | None) -> None:
+def _checked(stream: Stream, expected: int, batch: MicroBatch | None) -> MicroBatch:
     if batch is None or batch.index != expected:
         found = "nothing" if batch is None else f"number {batch.index}"
         raise RuntimeError(f"the plan's next micro-batch is number {expected}, but {found} arrived")
     _, sample_B, _ = stream.cut.micro_batch(stream.plan, expected)
     if not np.array_equal(sample_B, batch.sample_B):
         raise RuntimeError(f"micro-batch {expected} does not hold the samples that the plan says")
+    return batch
 
 
 class _Later:
     """The result of a call that runs in a thread of its own."""
 
-    def __init__(self, call: Opener, argument: tuple[int, int]):
+    def __init__(self, call: Callable[[tuple[int, int]], DataIterator], argument: tuple[int, int]):
         self._value: DataIterator | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(call, argument), daemon=True)
         self._thread.start()
 
-    def _run(self, call: Opener, argument: tuple[int, int]) -> None:
+    def _run(self, call: Callable[[tuple[int, int]], DataIterator], argument: tuple[int, int]) -> None:
         try:
             self._value = call(argument)
         except BaseException as error:  # handed to the thread that asks

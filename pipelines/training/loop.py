@@ -13,7 +13,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.data import DataIterator
 from ray.train.collective import broadcast_from_rank_zero
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,7 +21,7 @@ from pipelines.config import Config, identity, identity_hash, total_steps
 from pipelines.data.plan import Cut, Plan
 from pipelines.data.readers import MicroBatch, Stream, View
 from pipelines.data.shards import Manifest
-from pipelines.data.source import open_segment, stream_batches
+from pipelines.data.source import Segments, stream_batches
 from pipelines.errors import UserError
 from pipelines.spool import Spool
 from pipelines.storage import Store
@@ -115,7 +114,7 @@ class _Worker:
         if self.spool:
             self.spool.status("RUNNING")
         self.follower = start_follower(self.folder.path) if self.folder else None
-        self.prober = Prober(config, self.rank, self.world_size, self.device, self.autocast, self.open_share)
+        self.prober = Prober(config, self.rank, self.world_size, self.device, self.autocast, self.segments)
         self.model = build_model(config).to(self.device)
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
         self.writer = checkpoint.Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
@@ -133,15 +132,10 @@ class _Worker:
         if self.rank == 0:
             self.job.console.say.remote(line)
 
-    def open_share(self, stream: Stream, steps: tuple[int, int]) -> DataIterator:
-        """Rank 0 starts the execution and deals the iterators; called by all ranks."""
-        shares = None
-        if self.rank == 0:
-            # By reference: what the collective carries itself should stay below a kilobyte.
-            shares = [ray.put(open_segment(stream, steps, num_cpus=self.config.data.cpus_per_task))]
-        shares = broadcast_from_rank_zero(shares)
-        assert shares is not None
-        return ray.get(shares[0])[self.rank]
+    def segments(self, stream: Stream) -> Segments:
+        """The Ray Data executions of a stream, shared by all ranks."""
+        num_cpus = self.config.data.cpus_per_task
+        return Segments(stream, rank=self.rank, num_cpus=num_cpus, broadcast=broadcast_from_rank_zero)
 
     # ---- before the first step
 
@@ -185,15 +179,8 @@ class _Worker:
         trainer = self._trainer()
         if start == 0:
             self.probe(0)
-        batches = self._audited(
-            stream_batches(
-                self.stream,
-                (start, self.steps),
-                rank=self.rank,
-                segment_tasks=config.scale.segment_tasks,
-                open_share=lambda steps: self.open_share(self.stream, steps),
-            )
-        )
+        segments = self.segments(self.stream)
+        batches = self._audited(stream_batches(segments, (start, self.steps), num_tasks=config.scale.segment_tasks))
         window: list[torch.Tensor] = []
         self.window_start = self.last_save = time.perf_counter()
         for step in range(start, self.steps):
@@ -209,6 +196,8 @@ class _Worker:
                 self.probe(done)
         if next(batches, None) is not None:
             raise RuntimeError("the data holds more than the run's steps")
+        self._over_ranks(0.0)  # all have read to the end
+        segments.close()
 
     def _trainer(self) -> Trainer:
         model: torch.nn.Module = torch.compile(self.model) if self.config.train.compile else self.model  # type: ignore[assignment]
@@ -367,30 +356,21 @@ class _Worker:
         """The last probes, on the test data where there are some; then the result is written."""
         self.writer.wait()
         self.model.eval()
-        scores: dict[str, float] = {}
         job = self.job
-        scores |= self.prober.validate(self.model, job.probe_train, job.train)
-        if self.spool:
-            self.spool.metrics(self.steps, scores)
-        final: dict[str, float] = {}
         if job.probe_train and job.probe_test:
-            final = {
-                name.replace("probe/", "test/"): value
-                for name, value in self.prober.test(self.model, job.probe_train, job.probe_test).items()
-            }
+            models = {"test/": self.model}
             if self.config.probe.random_baseline:
-                untrained = build_model(self.config).to(self.device).eval()
-                final |= {
-                    name.replace("probe/", "test/random_"): value
-                    for name, value in self.prober.test(untrained, job.probe_train, job.probe_test).items()
-                }
+                models["test/random_"] = build_model(self.config).to(self.device).eval()
+            scores = self.prober.test(models, job.probe_train, job.probe_test)
+        else:
+            scores = self.prober.validate(self.model, job.probe_train, job.train)
         self._draw(self.steps)
         if self.spool and self.folder:
-            self.spool.metrics(self.steps, final)
+            self.spool.metrics(self.steps, scores)
             result = {
                 "step": self.steps,
                 "identity": identity_hash(identity(self.config, job.train.digest)),
-                "scores": scores | final,
+                "scores": scores,
                 "skipped": self.num_skipped,
             }
             self.folder.write("result.json", json.dumps(result, indent=2))

@@ -1,12 +1,11 @@
 """What the features are worth, measured by all workers of a run together: each encodes a share, rank 0 scores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from ray.data import DataIterator
 
 from mae_core.images import normalize
 from mae_core.model import MaskedAutoencoder
@@ -15,11 +14,9 @@ from pipelines.config import Config
 from pipelines.data.plan import FILLER, Cut, Plan
 from pipelines.data.readers import Stream, View
 from pipelines.data.shards import Manifest
-from pipelines.data.source import stream_batches
+from pipelines.data.source import Segments, stream_batches
 
 UNLABELLED_IMAGES = 2048  # enough for the effective rank of features up to that width
-
-OpenShare = Callable[[Stream, tuple[int, int]], DataIterator]
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Prober:
         world_size: Workers.
         device: Where this worker computes.
         autocast: Gives the context in which the encoder runs.
-        open_share: Opens this worker's share of a segment of a stream.
+        segments: Gives the Ray Data executions of a stream, shared by all workers.
     """
 
     config: Config
@@ -55,14 +52,14 @@ class Prober:
     world_size: int
     device: torch.device
     autocast: Callable[[], torch.autocast]
-    open_share: OpenShare
+    segments: Callable[[Stream], Segments]
 
     @torch.inference_mode()
-    def extract(self, model: MaskedAutoencoder, manifest: Manifest, limit: int = 0) -> Features | None:
-        """Encodes whole images of a data set; rank 0 gets the features, the others None.
+    def extract(self, models: Sequence[MaskedAutoencoder], manifest: Manifest, limit: int = 0) -> list[Features] | None:
+        """Encodes whole images of a data set, read once for all models; rank 0 gets the features, the others None.
 
         Args:
-            model: The model, not wrapped.
+            models: The models, not wrapped.
             manifest: The data.
             limit: Take that many images, spread over the data set; 0: all.
         """
@@ -75,30 +72,28 @@ class Prober:
             Cut(rows * self.world_size, rows, self.world_size),
             View(config.data.image_size, config.data.channels, crop_share=config.probe.crop_share),
         )
+        segments = self.segments(stream)
         steps = -(-num // stream.cut.global_size)
-        features, labels, samples = [], [], []
-        batches = stream_batches(
-            stream,
-            (0, steps),
-            rank=self.rank,
-            segment_tasks=config.scale.segment_tasks,
-            open_share=lambda steps: self.open_share(stream, steps),
-        )
-        for batch in batches:
-            images = torch.from_numpy(batch.images_BHWC.copy()).to(self.device)
+        features: list[list[torch.Tensor]] = [[] for _ in models]
+        labels, samples = [], []
+        for batch in stream_batches(segments, (0, steps), num_tasks=config.scale.segment_tasks):
+            images_BHWC = torch.from_numpy(batch.images_BHWC.copy()).to(self.device)
+            images_BCHW = normalize(images_BHWC, config.data.mean, config.data.std)
             with self.autocast():
-                images_BCHW = normalize(images, config.data.mean, config.data.std)
-                features.append(model.features(images_BCHW, config.probe.pool).float())
+                for model, parts in zip(models, features, strict=True):
+                    parts.append(model.features(images_BCHW, config.probe.pool).float())
             labels.append(torch.from_numpy(batch.label_B.copy()))
             # an image that could not be read is left out like filler
             samples.append(torch.from_numpy(np.where(batch.weight_B > 0, batch.sample_B, FILLER)))
-        gathered = [self._gather(torch.cat(parts).to(self.device)) for parts in (features, labels, samples)]
+        gathered = [self._gather(torch.cat(parts).to(self.device)).cpu() for parts in (*features, labels, samples)]
+        # Rank 0 has what all have sent, so all have read to the end.
+        segments.close()
         if self.rank != 0:
             return None
-        features_ND, labels_N, sample_N = (part.cpu() for part in gathered)
+        *features_, labels_N, sample_N = gathered
         order = torch.argsort(sample_N, stable=True)
         order = order[sample_N[order] != FILLER]
-        return Features(features_ND[order], labels_N[order], sample_N[order].numpy())
+        return [Features(part[order], labels_N[order], sample_N[order].numpy()) for part in features_]
 
     def _gather(self, share: torch.Tensor) -> torch.Tensor:
         """The shares of all ranks, one after the other, on rank 0; all have the same shape."""
@@ -114,42 +109,44 @@ class Prober:
         Returns:
             The scores on rank 0, nothing on the others.
         """
-        probe = self.config.probe
         if train is None:
-            found = self.extract(model, images, limit=UNLABELLED_IMAGES)
-            return {} if found is None else {"probe/effective_rank": effective_rank(found.features_ND)}
-        found = self.extract(model, train, limit=probe.samples)
-        if found is None:
-            return {}
-        num = len(found.labels_N)
-        known, held_out = split_indices(num, probe.val_share, seed=self.config.run.seed)
-        return _score(found, known, held_out, None, len(train.classes), self.config) | {
-            "probe/effective_rank": effective_rank(found.features_ND)
-        }
+            found = self.extract([model], images, limit=UNLABELLED_IMAGES)
+            return {} if found is None else {"probe/effective_rank": effective_rank(found[0].features_ND)}
+        found = self.extract([model], train, limit=self.config.probe.samples)
+        return {} if found is None else self._validation(found[0], train)
 
-    def test(self, model: MaskedAutoencoder, train: Manifest, test: Manifest) -> dict[str, float]:
+    def _validation(self, found: Features, train: Manifest) -> dict[str, float]:
+        scores = _score(found, None, len(train.classes), self.config)
+        return _named("probe/", scores) | {"probe/effective_rank": effective_rank(found.features_ND)}
+
+    def test(self, models: dict[str, MaskedAutoencoder], train: Manifest, test: Manifest) -> dict[str, float]:
         """Scores on the test data; the learning rate is chosen on a validation split of the training labels.
+
+        Args:
+            models: The models by the prefix of their scores; the first is also validated.
+            train: Labelled images to learn from.
+            test: Labelled images, read here and nowhere else.
 
         Returns:
             The scores on rank 0, nothing on the others.
         """
-        found = self.extract(model, train, limit=self.config.probe.samples)
-        asked = self.extract(model, test)
+        found = self.extract(list(models.values()), train, limit=self.config.probe.samples)
+        asked = self.extract(list(models.values()), test)
         if found is None or asked is None:
             return {}
-        known, held_out = split_indices(len(found.labels_N), self.config.probe.val_share, seed=self.config.run.seed)
-        return _score(found, known, held_out, asked, len(train.classes), self.config)
+        scores = self._validation(found[0], train)
+        for prefix, known, query in zip(models, found, asked, strict=True):
+            scores |= _named(prefix, _score(known, query, len(train.classes), self.config))
+        return scores
 
 
-def _score(
-    found: Features,
-    known: np.ndarray,
-    held_out: np.ndarray,
-    asked: Features | None,
-    num_classes: int,
-    config: Config,
-) -> dict[str, float]:
-    """Top-1 of kNN and linear probe: on the held-out part, or on ``asked`` where it is given."""
+def _named(prefix: str, scores: dict[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in scores.items()}
+
+
+def _score(found: Features, asked: Features | None, num_classes: int, config: Config) -> dict[str, float]:
+    """Top-1 of kNN and linear probe: on the validation split, or on ``asked`` where it is given."""
+    known, held_out = split_indices(len(found.labels_N), config.probe.val_share, seed=config.run.seed)
     linear = linear_probe(
         found.features_ND[known],
         found.labels_N[known],
@@ -170,6 +167,6 @@ def _score(
         k=config.probe.knn_k,
     )
     return {
-        "probe/knn_top1": top1(neighbours, labels_M),
-        "probe/linear_top1": top1(linear.predict(query_MD), labels_M),
+        "knn_top1": top1(neighbours, labels_M),
+        "linear_top1": top1(linear.predict(query_MD), labels_M),
     }
