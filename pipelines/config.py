@@ -166,7 +166,7 @@ class Probe(Section):
     crop_share: float = Field(default=0.875, gt=0, le=1)
     """Side of the central crop over the image's shorter side."""
     samples: int = Field(default=0, ge=0)
-    """Images of probe.train that are used; 0: all."""
+    """Images of probe.train that the probes on the way use; 0: all. The last ones always use all."""
     random_baseline: bool = True
     """Also score a randomly initialised encoder of the same shape at the end."""
 

@@ -25,7 +25,14 @@ def ray_local() -> Iterator[None]:
 
     # Socket paths have a length limit: a short directory of our own, not pytest's.
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=folder, logging_level=logging.WARNING)
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            _temp_dir=folder,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
         yield
         ray.shutdown()
 

@@ -130,7 +130,7 @@ class Prober:
         Returns:
             The scores on rank 0, nothing on the others.
         """
-        found = self.extract(list(models.values()), train, limit=self.config.probe.samples)
+        found = self.extract(list(models.values()), train)
         asked = self.extract(list(models.values()), test)
         if found is None or asked is None:
             return {}
