@@ -28,7 +28,6 @@ class Purpose(IntEnum):
     MASK = 5
     SPLIT = 6
     PROBE = 7
-    SHARD = 8
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

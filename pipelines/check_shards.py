@@ -134,7 +134,10 @@ def _known_info(store: Store, sizes: dict[str, int]) -> tuple[str, tuple[str, ..
     """Split and class names of an ``_info.json`` that is there already, ours or timm's."""
     if INFO not in sizes:
         return "train", ()
-    splits = read_info(store, sizes).get("splits", {})
+    info = read_info(store, sizes)
+    splits = info.get("splits") if isinstance(info, dict) else None
+    if not isinstance(splits, dict) or not all(isinstance(split, dict) for split in splits.values()):
+        raise UserError(f"{store.path(INFO)} is not timm's: delete it, then run --write again")
     if len(splits) != 1:
         raise UserError(
             f"{store.path(INFO)} describes {len(splits)} splits, and one directory holds one: move each to its own"

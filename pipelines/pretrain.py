@@ -7,13 +7,17 @@ Every key of the configuration is a flag (``--model.mask-ratio 0.6``) and a key 
 same ``run.name`` again continues the run from its last checkpoint; a finished one says so.
 """
 
+import contextlib
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +32,14 @@ from pipelines.console import Console, Printer
 from pipelines.data.shards import Manifest, load_manifest
 from pipelines.errors import UserError, run_command
 from pipelines.ray_session import connect
+from pipelines.spool import Spool
 from pipelines.storage import Store, absolute
 from pipelines.tracking import DatasetInput, RunDescription, create_run, resolve_tracking_uri, send
-from pipelines.training.build import check_model
+from pipelines.training import checkpoint
+from pipelines.training.build import check_initial_weights, check_model
 from pipelines.training.loop import Job, train_worker
 from pipelines.training.runfolder import RunFolder
+from pipelines.training.unreadable import told
 
 PROG = "python -m pipelines.pretrain"
 _PACKAGES = ("ray", "torch", "timm", "mlflow", "pyarrow", "numpy")
@@ -86,8 +93,8 @@ def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
     if not config.data.train:
         raise UserError(f"data.train is not given: name shards with --data.train DIR (see {PROG} --help)")
     check_model(config)
-    if config.run.init_from and not Path(config.run.init_from).is_file():
-        raise UserError(f"run.init_from: no file '{config.run.init_from}'")
+    if config.run.init_from:
+        check_initial_weights(config)
     if config.log.ids and not Store(config.run.storage).is_local:
         raise UserError("log.ids writes to a local run.storage only")
     train = load_manifest(config.data.train)
@@ -97,9 +104,13 @@ def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
         if manifest is not None and not manifest.classes:
             raise UserError(f"{name}: the shards in {manifest.location} have no labels, and a probe needs them")
     labelled, test = probes
-    if labelled and test and labelled.classes != test.classes:
-        missing = sorted(set(test.classes) ^ set(labelled.classes))
-        raise UserError(f"probe.train and probe.test do not have the same classes: {', '.join(missing[:5])} ...")
+    if labelled and test and labelled.classes[: len(test.classes)] != test.classes:
+        pairs = itertools.zip_longest(labelled.classes, test.classes)
+        label, (known, asked) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise UserError(
+            f"probe.train and probe.test do not number the same classes: label {label} is {known!r} in the one and "
+            f"{asked!r} in the other; pack both from the same class folders"
+        )
     return train, labelled, test
 
 
@@ -110,10 +121,18 @@ def check_resources(config: Config) -> None:
         UserError: It can never be met.
     """
     have, scale = ray.cluster_resources(), config.scale
-    if config.scale.address or os.environ.get("RAY_ADDRESS"):
-        return  # a cluster may still grow: Ray waits for what is missing
     cpus = have.get("CPU", 0)
     wanted = scale.workers * scale.cpus_per_worker
+    if config.scale.address or os.environ.get("RAY_ADDRESS"):
+        # A cluster may still grow: Ray waits for what is missing.
+        gpus = f" and {scale.workers} GPUs" if scale.gpu else ""
+        if wanted + config.data.cpus_per_task > cpus or (scale.gpu and scale.workers > have.get("GPU", 0)):
+            print(
+                f"waiting for the cluster to grow: the run needs {wanted + config.data.cpus_per_task:g} CPUs{gpus}, "
+                f"there are {cpus:g} and {have.get('GPU', 0):g}",
+                flush=True,
+            )
+        return
     if wanted + config.data.cpus_per_task > cpus:
         share = max(0.0, (cpus - config.data.cpus_per_task) / scale.workers)
         raise UserError(
@@ -141,7 +160,9 @@ def open_run(config: Config, data_digest: str) -> dict[str, Any] | None:
     if store.exists("identity.json"):
         theirs = json.loads(store.read("identity.json"))
         changed = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-        if changed and not config.run.allow_change:
+        # A run that never reached a checkpoint has nothing that a change could spoil.
+        started = bool(checkpoint.steps(store.child("checkpoints")))
+        if changed and started and not config.run.allow_change:
             key = changed[0]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
@@ -149,7 +170,10 @@ def open_run(config: Config, data_digest: str) -> dict[str, Any] | None:
                 f"{mine.get(key)!r}{more}; choose another --run.name, or --run.allow-change to continue it so"
             )
         if not changed and store.exists("result.json"):
-            return json.loads(store.read("result.json"))
+            result = json.loads(store.read("result.json"))
+            # That of an earlier configuration, which this run went on from, is not this one's.
+            if result["identity"] == identity_hash(mine):
+                return result
     store.write("config.json", config.model_dump_json(indent=2) + "\n")
     store.write("config.toml", to_toml(config))
     store.write("identity.json", json.dumps(mine, indent=2))
@@ -168,13 +192,28 @@ def to_toml(config: Config) -> str:
 
 
 def git_commit() -> str:
-    """The commit of the code that runs, with a mark where it was changed; ``unknown`` outside a checkout."""
+    """The commit of the code that runs, with a mark where it was changed.
+
+    A job's copy of the code has no repository: ``MAE_GIT_COMMIT`` may say it; else it is ``unknown``, and the digest of
+    the code stands alone.
+    """
+    if told := os.environ.get("MAE_GIT_COMMIT"):
+        return told
     root = Path(__file__).parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def code_digest() -> str:
+    """SHA-256 over the code of the method and the pipeline: which code ran, also without a repository."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("mae_core/**/*.py"), *root.glob("pipelines/**/*.py")]):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def describe(config: Config, data: dict[str, Manifest | None]) -> RunDescription:
@@ -188,6 +227,7 @@ def describe(config: Config, data: dict[str, Manifest | None]) -> RunDescription
         params=flat(config),
         tags={
             "git.commit": git_commit(),
+            "code.digest": code_digest(),
             "python": platform.python_version(),
             "data.digest": train.digest,
             "identity": identity_hash(identity(config, train.digest)),
@@ -250,7 +290,8 @@ def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: 
     else:
         lines += [f"  {name} {value:.2f}" for name, value in scores.items()]
     if result["skipped"]:
-        lines.append(f"unreadable samples: {result['skipped']} times, listed in {folder.path('skipped.jsonl')}")
+        times = told(Counter(result["skipped"]))
+        lines.append(f"could not be read: {times} (each is listed in {folder.path('skipped.jsonl')})")
     if config.log.pictures:
         picture = f"pictures/reconstruction-{result['step']:08d}.png"
         lines.append(f"picture    {folder.path(picture)}")
@@ -287,9 +328,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             fit(Job(config, train, labelled, test, console))
         except ray.train.TrainingFailedError as error:
-            return _failed(store, folder, str(error))
-        if failure := ray.get(console.failure.remote()):
-            return _failed(store, folder, failure[0])
+            failure = ray.get(console.failure.remote())
+            if failure is None:
+                return _failed(store, folder, str(error))
+        else:
+            failure = ray.get(console.failure.remote())
+        if failure is not None:
+            reason, by_user = failure
+            code = _failed(store, folder, reason, say=not by_user)
+            if by_user:
+                raise UserError(reason)
+            return code
     left = send(folder.path, timeout_s=30.0) if store.is_local else None
     result = json.loads(store.read("result.json"))
     print(summary(config, result, tracking_uri, time.perf_counter() - started))
@@ -298,15 +347,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _failed(store: Store, folder: RunFolder, error: str) -> int:
-    """Keeps the whole error in a file, and shows its last line."""
-    store.write("error.log", error)
+def _failed(store: Store, folder: RunFolder, error: str, *, say: bool = True) -> int:
+    """Keeps the whole error in a file, shows its last line, and notes the run's end."""
+    with contextlib.suppress(OSError):  # the disk may be what failed
+        store.write("error.log", error)
     reasons = [line for line in error.splitlines() if line.strip()]
-    print(f"error: training failed: {reasons[-1].strip()} (all of it: {store.path('error.log')})", file=sys.stderr)
-    from pipelines.spool import Spool
-
-    Spool(folder.path).status("FAILED")
-    send(folder.path, timeout_s=10.0)
+    if say:
+        print(f"error: training failed: {reasons[-1].strip()} (all of it: {store.path('error.log')})", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        Spool(folder.path).status("FAILED")
+        send(folder.path, timeout_s=10.0)
+        folder.push()
     return 1
 
 

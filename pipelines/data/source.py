@@ -104,14 +104,26 @@ class Segments:
         self._num_cpus = num_cpus
         self._broadcast = broadcast
         self._opened: list[DataIterator] = []
+        self._ahead: _Later | None = None
+
+    def prepare(self, steps: tuple[int, int]) -> None:
+        """Begins to start an execution in the background, on rank 0; ``open`` of the same steps will find it."""
+        if self.rank == 0:
+            self._ahead = _Later(lambda: open_segment(self.stream, steps, num_cpus=self._num_cpus))
 
     def open(self, steps: tuple[int, int]) -> DataIterator:
-        """This worker's share of the steps; all workers call it at the same point of their work."""
-        shares = open_segment(self.stream, steps, num_cpus=self._num_cpus) if self.rank == 0 else None
+        """This worker's share of the steps; all workers call it at the same point of their work.
+
+        The broadcast belongs to the workers' main threads: it has no names, and two at once would change places.
+        """
+        shares = None
+        if self.rank == 0:
+            ahead, self._ahead = self._ahead, None
+            shares = ahead.result() if ahead else open_segment(self.stream, steps, num_cpus=self._num_cpus)
         shares = self._broadcast(shares)
         if self.rank == 0:
             self._opened.append(shares[0])
-            # All workers are here, so all are in the last segment at least, and done with what came before it.
+            # All workers are here, so all are done with what came before the last segment.
             self._end(self._opened[:-2])
             del self._opened[:-2]
         return shares[self.rank]
@@ -123,7 +135,7 @@ class Segments:
 
     @staticmethod
     def _end(shares: list[DataIterator]) -> None:
-        # Ray keeps an execution's coordinator, an actor of some 200 MB, for as long as the job lives.
+        # Ray keeps an execution's coordinator, an actor of some 700 MB resident, for as long as the job lives.
         for share in shares:
             ray.kill(share._coord_actor)  # type: ignore[attr-defined]
 
@@ -132,7 +144,7 @@ def stream_batches(segments: Segments, steps: tuple[int, int], *, num_tasks: int
     """A worker's micro-batches of a whole run, over as many Ray Data executions as it takes.
 
     The next execution is started from a thread while the last quarter of the present one is consumed, so that
-    nothing waits where they change. Every micro-batch is held against the plan: its number and its samples.
+    little waits where they change. Every micro-batch is held against the plan: its number and its samples.
 
     Args:
         segments: The stream and its executions.
@@ -144,21 +156,17 @@ def stream_batches(segments: Segments, steps: tuple[int, int], *, num_tasks: int
     """
     stream, cut = segments.stream, segments.stream.cut
     stretches = list(cut.segments(*steps, num_tasks))
-    current = segments.open(stretches[0]) if stretches else None
     for number, (start, stop) in enumerate(stretches):
-        assert current is not None
-        batches = receive(current, stream)
-        following: _Later | None = None
+        batches = receive(segments.open((start, stop)), stream)
         ahead = stop - max(1, (stop - start) // 4)
         for step in range(start, stop):
             if step == ahead and number + 1 < len(stretches):
-                following = _Later(segments.open, stretches[number + 1])
+                segments.prepare(stretches[number + 1])
             for turn in range(cut.accumulation):
                 expected = step * cut.micros + turn * cut.world_size + segments.rank
                 yield _checked(stream, expected, next(batches, None))
         if next(batches, None) is not None:
             raise RuntimeError(f"the data of steps {start} to {stop - 1} holds more than the plan says")
-        current = following.result() if following is not None else None
 
 
 def _checked(stream: Stream, expected: int, batch: MicroBatch | None) -> MicroBatch:
@@ -174,19 +182,19 @@ def _checked(stream: Stream, expected: int, batch: MicroBatch | None) -> MicroBa
 class _Later:
     """The result of a call that runs in a thread of its own."""
 
-    def __init__(self, call: Callable[[tuple[int, int]], DataIterator], argument: tuple[int, int]):
-        self._value: DataIterator | None = None
+    def __init__(self, call: Callable[[], list[DataIterator]]):
+        self._value: list[DataIterator] | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(call, argument), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
         self._thread.start()
 
-    def _run(self, call: Callable[[tuple[int, int]], DataIterator], argument: tuple[int, int]) -> None:
+    def _run(self, call: Callable[[], list[DataIterator]]) -> None:
         try:
-            self._value = call(argument)
+            self._value = call()
         except BaseException as error:  # handed to the thread that asks
             self._error = error
 
-    def result(self) -> DataIterator:
+    def result(self) -> list[DataIterator]:
         self._thread.join()
         if self._error is not None:
             raise self._error

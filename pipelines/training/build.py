@@ -47,6 +47,29 @@ def check_model(config: Config) -> None:
         build_model(config)
 
 
+def check_initial_weights(config: Config) -> None:
+    """Holds ``run.init_from`` against the model's shapes, without the model's memory.
+
+    Raises:
+        UserError: It is not there, not readable, or of another shape.
+    """
+    path = config.run.init_from
+    if not Path(path).is_file():
+        raise UserError(f"run.init_from: no file '{path}'")
+    try:
+        found = weights.read_state(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"run.init_from: {error}") from None
+    with torch.device("meta"):
+        expected = weights.official_state(build_model(config))
+    for name in sorted(expected.keys() | found.keys()):
+        theirs, ours = (list(state[name].shape) if name in state else "missing" for state in (found, expected))
+        if theirs != ours:
+            raise UserError(
+                f"run.init_from: {path} does not fit the model: {name} is {theirs} in the file, {ours} in the model"
+            )
+
+
 def initial_weights(model: MaskedAutoencoder, path: str) -> None:
     """Fills a model with the weights of a checkpoint of the same shape.
 

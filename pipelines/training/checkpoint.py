@@ -117,10 +117,14 @@ def write(
 def prune(checkpoints: Store, keep: int, newest: int) -> None:
     """Deletes what is older than the newest ``keep`` checkpoints up to step ``newest``.
 
-    A broken one of a later step, which was passed over, does not count and is left to be looked at.
+    One that was never finished does not count; a broken one of a later step, which was passed over, does neither and is
+    left to be looked at.
     """
-    for step in [step for step in steps(checkpoints) if step <= newest][keep:]:
-        checkpoints.child(folder_name(step)).delete()
+    past = [step for step in steps(checkpoints) if step <= newest]
+    finished = [step for step in past if checkpoints.child(folder_name(step)).exists("manifest.json")]
+    for step in past:
+        if len(finished) > keep and step < finished[keep - 1]:
+            checkpoints.child(folder_name(step)).delete()
 
 
 def read_state(checkpoints: Store, step: int) -> dict[str, Any]:

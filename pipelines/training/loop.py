@@ -1,5 +1,6 @@
 """What every Ray Train worker of a pretraining run does."""
 
+import errno
 import json
 import os
 import resource
@@ -32,6 +33,10 @@ from pipelines.training.pictures import save_reconstructions
 from pipelines.training.probing import Prober
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import Trainer, train_step
+from pipelines.training.unreadable import Unreadable, over_ranks, told
+
+# A disk that is full or closed stays so: starting again is of no use.
+_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 class DivergedError(RuntimeError):
@@ -74,8 +79,15 @@ def train_worker(job: Job) -> None:
         start = run.resume()
         run.train(start)
         run.finish()
+    except UserError as error:
+        ray.get(job.console.fail.remote(str(error), True))
+        raise
     except (ValueError, TypeError, LookupError, AssertionError, DivergedError) as error:
-        ray.get(job.console.fail.remote(f"{type(error).__name__}: {error}", isinstance(error, UserError)))
+        ray.get(job.console.fail.remote(f"{type(error).__name__}: {error}", False))
+        raise
+    except OSError as error:
+        if error.errno in _NOT_WRITABLE:
+            ray.get(job.console.fail.remote(f"{error.strerror}: {error.filename or job.config.run.storage}", True))
         raise
     finally:
         if run is not None:
@@ -114,12 +126,11 @@ class _Worker:
         if self.spool:
             self.spool.status("RUNNING")
         self.follower = start_follower(self.folder.path) if self.folder else None
+        self.unreadable = Unreadable(self.folder, self.device)
         self.prober = Prober(config, self.rank, self.world_size, self.device, self.autocast, self.segments)
         self.model = build_model(config).to(self.device)
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
         self.writer = checkpoint.Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
-        self.known_skipped: set[tuple[str, str]] = set()
-        self.num_skipped = 0
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
@@ -155,13 +166,11 @@ class _Worker:
         found = broadcast_from_rank_zero(found)
         if found is not None:
             checkpoint.restore(checkpoints, found, self.model, self.optimizer)
-            self.num_skipped = checkpoint.read_state(checkpoints, found).get("skipped", 0)
+            self.unreadable.counts.update(checkpoint.read_state(checkpoints, found)["skipped"])
             self.say(f"continuing from the checkpoint of step {found} of {self.steps}")
         elif self.config.run.init_from:
             initial_weights(self.model, self.config.run.init_from)
             self.say(f"starting from the weights of {self.config.run.init_from}")
-        if self.folder:
-            self.known_skipped = {(line["shard"], line["key"]) for line in self.folder.read_lines("skipped.jsonl")}
         return found or 0
 
     # ---- the steps
@@ -176,6 +185,7 @@ class _Worker:
             "total_steps": self.steps,
         }
         probe_every = max(1, round(config.probe.every_epochs * per_epoch)) if config.probe.every_epochs else 0
+        save_every = config.checkpoint.every_steps
         trainer = self._trainer()
         if start == 0:
             self.probe(0)
@@ -187,16 +197,18 @@ class _Worker:
             lr = lr_at(step, **schedule)
             window.append(train_step(trainer, batches, lr))
             done = step + 1
-            if done % config.log.every == 0 or done == self.steps:
+            save_now = done == self.steps or (save_every and done % save_every == 0)
+            if log_now := save_now or done % config.log.every == 0:
                 self._log(done, lr, torch.stack(window), trainer)
                 window = []
-            if self._save_due(done):
-                self._save(done)
             if probe_every and done % probe_every == 0 and done < self.steps:
                 self.probe(done)
+            # Only where everything has been told: a run that continues from here leaves out nothing.
+            if save_now or (log_now and time.perf_counter() - self.last_save >= 60 * config.checkpoint.every_minutes):
+                self._save(done)
         if next(batches, None) is not None:
             raise RuntimeError("the data holds more than the run's steps")
-        self._over_ranks(0.0)  # all have read to the end
+        over_ranks(0.0, self.device)  # all have read to the end
         segments.close()
 
     def _trainer(self) -> Trainer:
@@ -234,13 +246,15 @@ class _Worker:
     def _log(self, done: int, lr: float, window_S3: torch.Tensor, trainer: Trainer) -> None:
         """One progress line and one point of the record, over the steps since the last."""
         elapsed = time.perf_counter() - self.window_start
-        skipped = self._collect_skipped(done, trainer)
+        fresh, trainer.skipped = trainer.skipped, []
+        self.unreadable.counts += self.unreadable.collect(fresh, done)
+        unreadable = self.unreadable.counts
         # A step that was skipped has no loss worth a mean, and says so by its own count.
         good_S3 = window_S3[window_S3[:, 2] == 0]
         loss, grad_norm = (good_S3.mean(dim=0) if len(good_S3) else window_S3[-1]).tolist()[:2]
         bad = int(window_S3[:, 2].sum())
         steps = len(window_S3)
-        wait = self._over_ranks(trainer.wait_s, dist.ReduceOp.MAX)
+        wait = over_ranks(trainer.wait_s, self.device, dist.ReduceOp.MAX)
         trainer.wait_s = 0.0
         self.bad_in_a_row = (self.bad_in_a_row + steps) if bad == steps else 0
         images_per_s = steps * self.config.batch.global_size / elapsed
@@ -256,12 +270,12 @@ class _Worker:
                     "perf/images_per_s": images_per_s,
                     "perf/peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                     "data/wait_s": wait / steps,
-                    "data/skipped": float(skipped),
+                    "data/skipped": float(unreadable.total()),
                     "epoch": done * self.config.batch.global_size / self.job.train.num_samples,
                     "samples_seen": float(done * self.config.batch.global_size),
                 },
             )
-            notes = (f"  not finite {bad}" if bad else "") + (f"  unreadable {skipped}" if skipped else "")
+            notes = (f"  not finite {bad}" if bad else "") + (f"  unreadable: {told(unreadable)}" if unreadable else "")
             self.say(
                 f"step {done:>{len(str(self.steps))}} of {self.steps}  loss {loss:.4f}  lr {lr:.2e}  "
                 f"{images_per_s:,.0f} images/s  waiting {100 * wait / elapsed:.0f} %  left {_clock(left)}{notes}"
@@ -277,39 +291,7 @@ class _Worker:
     window_start = 0.0
     last_save = 0.0
 
-    def _over_ranks(self, value: float, operation: Any = dist.ReduceOp.SUM) -> float:
-        if self.world_size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, operation)
-        return total.item()
-
-    def _collect_skipped(self, done: int, trainer: Trainer) -> int:
-        """Counts the samples that could not be read, and lists each once; rank 0 writes."""
-        mine, trainer.skipped = trainer.skipped, []
-        fresh = int(self._over_ranks(float(len(mine))))
-        self.num_skipped += fresh
-        if fresh == 0:
-            return self.num_skipped
-        lists: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        if self.world_size > 1:
-            dist.gather_object(mine, lists, dst=0)
-        else:
-            lists = [mine]
-        if self.folder and lists is not None:
-            for sample in (sample for part in lists for sample in part):
-                if (sample["shard"], sample["key"]) not in self.known_skipped:
-                    self.known_skipped.add((sample["shard"], sample["key"]))
-                    self.folder.append_line("skipped.jsonl", {**sample, "step": done})
-        return self.num_skipped
-
     # ---- what stands around the steps
-
-    def _save_due(self, done: int) -> bool:
-        every = self.config.checkpoint.every_steps
-        if done == self.steps or (every and done % every == 0):
-            return True
-        return time.perf_counter() - self.last_save >= 60 * self.config.checkpoint.every_minutes
 
     def _save(self, done: int) -> None:
         self.last_save = time.perf_counter()
@@ -320,7 +302,7 @@ class _Worker:
             "step": done,
             "steps": self.steps,
             "samples_seen": done * self.config.batch.global_size,
-            "skipped": self.num_skipped,
+            "skipped": dict(self.unreadable.counts),
             "identity": identity_hash(values),
             "world_size": self.world_size,
             "torch": torch.__version__,
@@ -337,20 +319,26 @@ class _Worker:
         self.model.eval()
         scores = self.prober.validate(self.model, self.job.probe_train, self.job.train)
         self.model.train()
+        self._tell_left_out(done)
         if self.spool and self.folder:
             self.spool.metrics(done, scores)
             self.say(f"step {done} of {self.steps}  {_told(scores)}  ({time.perf_counter() - start:.0f} s)")
         self._draw(done)
         self.window_start += time.perf_counter() - start
 
+    def _tell_left_out(self, done: int) -> None:
+        skipped, self.prober.skipped = self.prober.skipped, []
+        if found := self.unreadable.collect(skipped, done):
+            self.say(f"left out of the probe, because they could not be read: {told(found)}")
+
     def _draw(self, done: int) -> None:
         if self.spool and self.folder and self.config.log.pictures:
             file = f"pictures/reconstruction-{done:08d}.png"
             view = View(self.config.data.image_size, self.config.data.channels, crop_share=self.config.probe.crop_share)
-            save_reconstructions(
-                self.model, self.config, self.job.probe_test or self.job.train, view, self.folder.path / file
-            )
-            self.spool.image(done, "reconstruction", file)
+            # Not of the test data, which is read once, at the end.
+            images = self.job.probe_train or self.job.train
+            if save_reconstructions(self.model, self.config, images, view, self.folder.path / file):
+                self.spool.image(done, "reconstruction", file)
 
     def finish(self) -> None:
         """The last probes, on the test data where there are some; then the result is written."""
@@ -364,6 +352,7 @@ class _Worker:
             scores = self.prober.test(models, job.probe_train, job.probe_test)
         else:
             scores = self.prober.validate(self.model, job.probe_train, job.train)
+        self._tell_left_out(self.steps)
         self._draw(self.steps)
         if self.spool and self.folder:
             self.spool.metrics(self.steps, scores)
@@ -371,7 +360,7 @@ class _Worker:
                 "step": self.steps,
                 "identity": identity_hash(identity(self.config, job.train.digest)),
                 "scores": scores,
-                "skipped": self.num_skipped,
+                "skipped": dict(self.unreadable.counts),
             }
             self.folder.write("result.json", json.dumps(result, indent=2))
             for name in ("config.json", "result.json", "skipped.jsonl"):

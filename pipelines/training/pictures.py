@@ -16,7 +16,7 @@ from pipelines.data.shards import Manifest
 
 
 @torch.inference_mode()
-def save_reconstructions(model: MaskedAutoencoder, config: Config, images: Manifest, view: View, path: Path) -> None:
+def save_reconstructions(model: MaskedAutoencoder, config: Config, images: Manifest, view: View, path: Path) -> bool:
     """Draws some images, always the same with the same masks, and writes a PNG.
 
     Args:
@@ -25,13 +25,16 @@ def save_reconstructions(model: MaskedAutoencoder, config: Config, images: Manif
         images: Where the images come from.
         view: Size and crop.
         path: The picture's file.
+
+    Returns:
+        Whether there was anything to draw.
     """
     num = min(config.log.pictures, images.num_samples)
     stream = Stream(images, Plan(images.num_samples, config.run.seed), Cut(num, num, 1), view)
     batch = read_images(stream, 0)
     good = np.flatnonzero(batch.weight_B)
     if not len(good):
-        return
+        return False
     device = next(model.parameters()).device
     images_BCHW = normalize(torch.from_numpy(batch.images_BHWC[good]).to(device), config.data.mean, config.data.std)
     keys_B = mask_keys(config.run.seed, np.zeros_like(good), batch.sample_B[good]).to(device)
@@ -47,3 +50,4 @@ def save_reconstructions(model: MaskedAutoencoder, config: Config, images: Manif
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+    return True

@@ -1,7 +1,7 @@
 """What the features are worth, measured by all workers of a run together: each encodes a share, rank 0 scores."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,13 +15,16 @@ from pipelines.data.plan import FILLER, Cut, Plan
 from pipelines.data.readers import Stream, View
 from pipelines.data.shards import Manifest
 from pipelines.data.source import Segments, stream_batches
+from pipelines.errors import UserError
 
 UNLABELLED_IMAGES = 2048  # enough for the effective rank of features up to that width
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a data set in the order of its sample ids; unreadable images are left out.
+    """Features of a data set in the order of its sample ids.
+
+    Left out are images that could not be read, and in labelled data those without a label.
 
     Args:
         features_ND: float32 on the CPU.
@@ -53,6 +56,8 @@ class Prober:
     device: torch.device
     autocast: Callable[[], torch.autocast]
     segments: Callable[[Stream], Segments]
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    """Images that could not be read, collected until somebody takes them."""
 
     @torch.inference_mode()
     def extract(self, models: Sequence[MaskedAutoencoder], manifest: Manifest, limit: int = 0) -> list[Features] | None:
@@ -82,6 +87,7 @@ class Prober:
             with self.autocast():
                 for model, parts in zip(models, features, strict=True):
                     parts.append(model.features(images_BCHW, config.probe.pool).float())
+            self.skipped += batch.skipped
             labels.append(torch.from_numpy(batch.label_B.copy()))
             # an image that could not be read is left out like filler
             samples.append(torch.from_numpy(np.where(batch.weight_B > 0, batch.sample_B, FILLER)))
@@ -93,6 +99,9 @@ class Prober:
         *features_, labels_N, sample_N = gathered
         order = torch.argsort(sample_N, stable=True)
         order = order[sample_N[order] != FILLER]
+        if manifest.labelled:
+            # In shards that others made some samples may lack a label.
+            order = order[labels_N[order] >= 0]
         return [Features(part[order], labels_N[order], sample_N[order].numpy()) for part in features_]
 
     def _gather(self, share: torch.Tensor) -> torch.Tensor:
@@ -116,7 +125,7 @@ class Prober:
         return {} if found is None else self._validation(found[0], train)
 
     def _validation(self, found: Features, train: Manifest) -> dict[str, float]:
-        scores = _score(found, None, len(train.classes), self.config)
+        scores = _score(found, None, train, self.config)
         return _named("probe/", scores) | {"probe/effective_rank": effective_rank(found.features_ND)}
 
     def test(self, models: dict[str, MaskedAutoencoder], train: Manifest, test: Manifest) -> dict[str, float]:
@@ -136,7 +145,7 @@ class Prober:
             return {}
         scores = self._validation(found[0], train)
         for prefix, known, query in zip(models, found, asked, strict=True):
-            scores |= _named(prefix, _score(known, query, len(train.classes), self.config))
+            scores |= _named(prefix, _score(known, query, train, self.config))
         return scores
 
 
@@ -144,9 +153,18 @@ def _named(prefix: str, scores: dict[str, float]) -> dict[str, float]:
     return {prefix + name: value for name, value in scores.items()}
 
 
-def _score(found: Features, asked: Features | None, num_classes: int, config: Config) -> dict[str, float]:
+def _score(found: Features, asked: Features | None, train: Manifest, config: Config) -> dict[str, float]:
     """Top-1 of kNN and linear probe: on the validation split, or on ``asked`` where it is given."""
-    known, held_out = split_indices(len(found.labels_N), config.probe.val_share, seed=config.run.seed)
+    num_classes = len(train.classes)
+    # By sample id: an image that cannot be read moves no other across the split.
+    _, val_ids = split_indices(train.num_samples, config.probe.val_share, seed=config.run.seed)
+    is_val_N = np.isin(found.sample_N, val_ids)
+    known, held_out = np.flatnonzero(~is_val_N), np.flatnonzero(is_val_N)
+    if not len(known) or not len(held_out):
+        raise UserError(
+            f"probe.train: {len(found.labels_N)} labelled images leave {len(known)} to learn from and {len(held_out)} "
+            f"for validation with probe.val_share {config.probe.val_share}: give more images, or another share"
+        )
     linear = linear_probe(
         found.features_ND[known],
         found.labels_N[known],

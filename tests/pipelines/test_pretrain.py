@@ -19,9 +19,10 @@ import safetensors.torch
 import timm
 
 from mae_core.weights import encoder_state, load_official
+from pipelines.config import identity, identity_hash
 from pipelines.data.plan import Plan
 from pipelines.errors import UserError
-from pipelines.pretrain import main
+from pipelines.pretrain import main, open_run, read_config, resolve
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -53,7 +54,7 @@ segment_tasks = 4
 [checkpoint]
 every_steps = 20
 [log]
-every = 1
+every = 3
 ids = true
 """
 
@@ -102,18 +103,30 @@ def delivered(folder):
 
 
 def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
-    probes = ["--probe.train", shards["train"], "--probe.test", shards["test"], "--probe.every-epochs", "2"]
+    probes = [
+        "--probe.train",
+        shards["train"],
+        "--probe.test",
+        shards["test"],
+        "--probe.every-epochs",
+        "2",
+        "--log.every",
+        "1",
+    ]
     command = arguments(recipe(30), shards, tmp_path, "whole", *probes)
     assert main(command) == 0
     folder = tmp_path / "whole"
     out = capfd.readouterr().out
     assert "step 30 of 30  loss" in out
+    assert "left out of the probe, because they could not be read: 1 truncated" in out
     assert "mlflow ui --backend-store-uri sqlite:///" in out
 
     loss = losses(folder)
     assert sorted(loss) == list(range(1, 31))
     assert loss[30] < 0.9 * loss[1]
-    scores = json.loads((folder / "result.json").read_text())["scores"]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["skipped"] == {"truncated": 4}
+    scores = result["scores"]
     assert scores["test/linear_top1"] > 80
     assert {"test/knn_top1", "test/random_knn_top1", "test/random_linear_top1", "probe/effective_rank"} <= set(scores)
     # 300 images in batches of 40, a probe every 2 epochs: at the start, after 15 steps, and at the end
@@ -238,7 +251,8 @@ def test_kills_change_nothing(recipe, shards, tmp_path, capfd):
     for step, ids in delivered(folder).items():
         np.testing.assert_array_equal(ids, plan.samples(step * 40, (step + 1) * 40)[0])
     assert losses(folder) == losses(tmp_path / "undisturbed")
-    assert len(losses(folder)) == steps
+    # every third step, and every twentieth, where a checkpoint is
+    assert sorted(losses(folder)) == [step for step in range(1, steps + 1) if step % 3 == 0 or step % 20 == 0]
     final = f"checkpoints/step-{steps:08d}/model.safetensors"
     weights = safetensors.torch.load_file(folder / final)
     for name, value in safetensors.torch.load_file(tmp_path / "undisturbed" / final).items():
@@ -333,6 +347,7 @@ def test_as_a_job_on_a_cluster_without_its_mlflow_server(cluster, recipe, shards
         (["--model.heads", "5"], "heads"),
         (["--scale.workers", "64"], "64 workers with 0.5 CPUs each"),
         (["--run.init-from", "nothing.pth"], "no file"),
+        (["--run.init-from", __file__], "cannot be read as a checkpoint"),
         (["--probe.test", "x"], "probe.test is given without probe.train"),
     ],
 )
@@ -343,6 +358,27 @@ def test_wrong_input_is_one_line(recipe, shards, tmp_path, flags, told, monkeypa
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs" / "wrong" / "checkpoints").exists()
+
+
+def test_a_result_counts_for_its_own_configuration_only(recipe, tmp_path):
+    def opened(*flags):
+        config = resolve(read_config(arguments(recipe(4), {"train": "x"}, tmp_path, "run", *flags)))
+        return open_run(config, "digest"), config
+
+    assert opened()[0] is None
+    # nothing was trained yet, so a corrected mistake is no other run
+    result, config = opened("--model.mask-ratio", "0.6")
+    assert result is None
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    done = {"identity": identity_hash(identity(config, "digest")), "step": 4}
+    (folder / "result.json").write_text(json.dumps(done))
+    assert opened("--model.mask-ratio", "0.6")[0] == done
+    with pytest.raises(UserError, match=r"train\.steps was 4, is now 9"):
+        opened("--model.mask-ratio", "0.6", "--train.steps", "9")
+    longer = ["--model.mask-ratio", "0.6", "--train.steps", "9", "--run.allow-change"]
+    assert opened(*longer)[0] is None
+    assert opened(*longer)[0] is None, "the shorter run's result is not the longer one's"
 
 
 def test_the_command_exits_with_2_and_one_line(recipe, shards, tmp_path):
