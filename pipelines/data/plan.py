@@ -130,8 +130,25 @@ class Cut:
         for first in range(start_step * self.micros, stop, each):
             yield range(first, min(first + each, stop))
 
-    def segments(self, start_step: int, stop_step: int, num_tasks: int) -> Iterator[tuple[int, int]]:
-        """Cuts a run's steps into the shares of single Ray Data executions: (start step, stop step)."""
+    def segments(
+        self, start_step: int, stop_step: int, num_tasks: int, break_every: int = 0
+    ) -> Iterator[tuple[int, int]]:
+        """Cuts a run's steps into the shares of single Ray Data executions.
+
+        Args:
+            start_step: The first step.
+            stop_step: The one after the last.
+            num_tasks: Reading tasks in one execution.
+            break_every: No share goes over a multiple of it; 0: no such limit.
+
+        Yields:
+            First step, and the one after the last.
+        """
         each = max(1, num_tasks * max(1, TASK_SAMPLES // self.rows) // self.micros)
-        for first in range(start_step, stop_step, each):
-            yield first, min(first + each, stop_step)
+        first = start_step
+        while first < stop_step:
+            last = min(first + each, stop_step)
+            if break_every:
+                last = min(last, (first // break_every + 1) * break_every)
+            yield first, last
+            first = last

@@ -140,7 +140,9 @@ class Segments:
             ray.kill(share._coord_actor)  # type: ignore[attr-defined]
 
 
-def stream_batches(segments: Segments, steps: tuple[int, int], *, num_tasks: int) -> Iterator[MicroBatch]:
+def stream_batches(
+    segments: Segments, steps: tuple[int, int], *, num_tasks: int, break_every: int = 0
+) -> Iterator[MicroBatch]:
     """A worker's micro-batches of a whole run, over as many Ray Data executions as it takes.
 
     The next execution is started from a thread while the last quarter of the present one is consumed, so that
@@ -150,12 +152,13 @@ def stream_batches(segments: Segments, steps: tuple[int, int], *, num_tasks: int
         segments: The stream and its executions.
         steps: First step, and the one after the last.
         num_tasks: Reading tasks in one execution.
+        break_every: After each multiple of so many steps nothing is being read; 0: no such pause.
 
     Raises:
         RuntimeError: What arrived is not what the plan says.
     """
     stream, cut = segments.stream, segments.stream.cut
-    stretches = list(cut.segments(*steps, num_tasks))
+    stretches = list(cut.segments(*steps, num_tasks, break_every))
     for number, (start, stop) in enumerate(stretches):
         batches = receive(segments.open((start, stop)), stream)
         ahead = stop - max(1, (stop - start) // 4)

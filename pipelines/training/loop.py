@@ -190,7 +190,11 @@ class _Worker:
         if start == 0:
             self.probe(0)
         segments = self.segments(self.stream)
-        batches = self._audited(stream_batches(segments, (start, self.steps), num_tasks=config.scale.segment_tasks))
+        # Tasks that wait for their output to be taken keep their CPUs: where a probe comes, none may be left.
+        stream = stream_batches(
+            segments, (start, self.steps), num_tasks=config.scale.segment_tasks, break_every=probe_every
+        )
+        batches = self._audited(stream)
         window: list[torch.Tensor] = []
         self.window_start = self.last_save = time.perf_counter()
         for step in range(start, self.steps):

@@ -82,6 +82,12 @@ def test_tasks_and_segments_cover_every_micro_batch_once(world_size):
     assert indices == list(range(5 * cut.micros, 300 * cut.micros))
 
 
+def test_segments_break_where_something_else_must_run():
+    segments = list(Cut(128, 64, 2).segments(5, 100, num_tasks=8, break_every=30))
+    assert [stop for _, stop in segments if stop % 30 == 0] == [30, 60, 90]
+    assert [step for start, stop in segments for step in range(start, stop)] == list(range(5, 100))
+
+
 def test_a_billion_samples_cost_no_more_than_a_thousand():
     tracemalloc.start()
     start = time.perf_counter()

@@ -214,6 +214,7 @@ def steps_done(folder):
         return 0
 
 
+@pytest.mark.timeout(900)
 def test_kills_change_nothing(recipe, shards, tmp_path, capfd):
     steps = 260
     reference = arguments(recipe(steps), shards, tmp_path, "undisturbed", "--log.pictures", "0")
@@ -296,6 +297,7 @@ def cluster(ray_local) -> Iterator[dict[str, str]]:
             wait_until(lambda: not left_behind(folder), 60, lambda: f"still there: {left_behind(folder)}")
 
 
+@pytest.mark.timeout(600)
 def test_as_a_job_on_a_cluster_without_its_mlflow_server(cluster, recipe, shards, tmp_path):
     (nobody,) = free_ports(1)
     ray_command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
