@@ -205,7 +205,8 @@ class _Worker:
             if log_now := save_now or done % config.log.every == 0:
                 self._log(done, lr, torch.stack(window), trainer)
                 window = []
-            if probe_every and done % probe_every == 0 and done < self.steps:
+            # One that falls just before the last would tell nothing new.
+            if probe_every and done % probe_every == 0 and done + probe_every // 2 < self.steps:
                 self.probe(done)
             # Only where everything has been told: a run that continues from here leaves out nothing.
             if save_now or (log_now and time.perf_counter() - self.last_save >= 60 * config.checkpoint.every_minutes):
