@@ -79,19 +79,22 @@ class Prober:
         )
         segments = self.segments(stream)
         steps = -(-num // stream.cut.global_size)
-        features: list[list[torch.Tensor]] = [[] for _ in models]
-        labels, samples = [], []
-        for batch in stream_batches(segments, (0, steps), num_tasks=config.scale.segment_tasks):
+        # Made at once: small pieces that are kept among large ones that are freed would tear the heap apart.
+        features = [torch.empty(steps * rows, model.width, device=self.device) for model in models]
+        labels = torch.full((steps * rows,), -1)
+        samples = torch.full((steps * rows,), FILLER)
+        for step, batch in enumerate(stream_batches(segments, (0, steps), num_tasks=config.scale.segment_tasks)):
+            here = slice(step * rows, (step + 1) * rows)
             images_BHWC = torch.from_numpy(batch.images_BHWC.copy()).to(self.device)
             images_BCHW = normalize(images_BHWC, config.data.mean, config.data.std)
             with self.autocast():
-                for model, parts in zip(models, features, strict=True):
-                    parts.append(model.features(images_BCHW, config.probe.pool).float())
+                for model, part in zip(models, features, strict=True):
+                    part[here] = model.features(images_BCHW, config.probe.pool)
             self.skipped += batch.skipped
-            labels.append(torch.from_numpy(batch.label_B.copy()))
+            labels[here] = torch.from_numpy(batch.label_B.copy())
             # an image that could not be read is left out like filler
-            samples.append(torch.from_numpy(np.where(batch.weight_B > 0, batch.sample_B, FILLER)))
-        gathered = [self._gather(torch.cat(parts).to(self.device)).cpu() for parts in (*features, labels, samples)]
+            samples[here] = torch.from_numpy(np.where(batch.weight_B > 0, batch.sample_B, FILLER))
+        gathered = [self._gather(part.to(self.device)).cpu() for part in (*features, labels, samples)]
         # Rank 0 has what all have sent, so all have read to the end.
         segments.close()
         if self.rank != 0:
