@@ -56,6 +56,10 @@ class Data(Section):
     """Smallest and largest share of the image's area that a random crop covers."""
     flip: bool = True
     """Mirror half of the crops."""
+    repeats: int = Field(default=1, ge=1)
+    """Views of an image from one decoding, each in another batch: saves decoding, makes neighbouring batches alike."""
+    deadline_s: float = Field(default=300.0, gt=0)
+    """How long a store may fail to give a range of a shard before the run stops."""
     cpus_per_task: float = Field(default=0.5, gt=0)
     """CPUs that one reading and decoding task claims from Ray."""
 
@@ -125,6 +129,8 @@ class Scale(Section):
 
     workers: int = Field(default=1, ge=1)
     """Ray Train workers."""
+    min_workers: int = Field(default=0, ge=0)
+    """Fewest workers to go on with while nodes are missing, up to scale.workers; 0: always all of them."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs that a worker claims from Ray; leave some for reading and decoding."""
     gpu: bool = False
@@ -134,7 +140,9 @@ class Scale(Section):
     address: str = ""
     """Ray cluster to join ('auto': one on this machine); empty: RAY_ADDRESS, else a local Ray."""
     segment_tasks: int = Field(default=64, ge=2)
-    """Reading tasks in one Ray Data execution; the next execution starts before the last has ended."""
+    """Reading tasks in one Ray Data execution, about; the next one starts before the last has ended."""
+    executions: Literal["auto", "one", "node"] = "auto"
+    """Who is fed by one Ray Data execution: all workers, or those of a node; auto: a node's from 17 workers on."""
 
 
 class Checkpoint(Section):
@@ -214,6 +222,10 @@ class Config(Section):
             raise ValueError(f"optim.betas must lie in [0, 1), found {self.optim.betas}")
         if self.train.steps == 0 and self.train.epochs == 0:
             raise ValueError("give train.epochs or train.steps: both are 0")
+        if self.scale.min_workers > self.scale.workers:
+            raise ValueError(
+                f"scale.min_workers must be at most scale.workers, {self.scale.workers}, found {self.scale.min_workers}"
+            )
         if self.probe.test and not self.probe.train:
             raise ValueError("probe.test is given without probe.train: the probes need labels to learn from")
         return self
@@ -233,7 +245,7 @@ def flat(section: pydantic.BaseModel, prefix: str = "") -> dict[str, Any]:
 
 # What decides the numbers that a run produces: all but where it runs, how often it tells and where things lie.
 _RESULT = ("run.seed", "run.init_from", "data.", "model.", "batch.global_size", "optim.", "train.")
-_NOT_RESULT = ("data.train", "data.cpus_per_task", "train.compile")
+_NOT_RESULT = ("data.train", "data.deadline_s", "data.cpus_per_task", "train.compile")
 
 
 def identity(config: Config, data_digest: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.cli import load_toml, parse
 from pipelines.config import Config, flat, identity, identity_hash, total_steps
@@ -121,6 +122,8 @@ def check_resources(config: Config) -> None:
         UserError: It can never be met.
     """
     have, scale = ray.cluster_resources(), config.scale
+    if scale.min_workers:
+        _check_room_for_reading(config)
     cpus = have.get("CPU", 0)
     wanted = scale.workers * scale.cpus_per_worker
     if config.scale.address or os.environ.get("RAY_ADDRESS"):
@@ -144,6 +147,27 @@ def check_resources(config: Config) -> None:
         raise UserError(
             f"scale.gpu asks for {scale.workers} GPUs, one for each worker; there are {have.get('GPU', 0):g}"
         )
+
+
+def _check_room_for_reading(config: Config) -> None:
+    """Sees that workers never fill a node: an elastic run starts as many as fit, and then nobody could read for them.
+
+    Raises:
+        UserError: They can.
+    """
+    scale, reading = config.scale, config.data.cpus_per_task
+    for node in ray.nodes():
+        cpus = node["Resources"].get("CPU", 0.0) if node["Alive"] else 0.0
+        gpus = node["Resources"].get("GPU", 0.0) if scale.gpu else scale.workers
+        # Ray counts in ten-thousandths.
+        fit = min(int(cpus / scale.cpus_per_worker + 1e-4), int(gpus), scale.workers)
+        if fit and cpus - fit * scale.cpus_per_worker < reading - 1e-4:
+            share = int(100 * (cpus - reading) / fit) / 100
+            raise UserError(
+                f"scale.min_workers needs CPUs for reading beside the workers on every node: {fit} workers with "
+                f"{scale.cpus_per_worker:g} CPUs each do not leave data.cpus_per_task, {reading:g}, of the {cpus:g} "
+                f"CPUs of {node['NodeManagerAddress']}; set scale.cpus_per_worker to {max(0.0, share):g}"
+            )
 
 
 def open_run(config: Config, data_digest: str) -> dict[str, Any] | None:
@@ -255,13 +279,20 @@ def fit(job: Job) -> None:
         ray.train.TrainingFailedError: It failed for good.
     """
     scale = job.config.scale
+    # Where a node has just been lost, Ray Train asks for a place there until it has heard of the loss. It asks anew
+    # each time that this has passed: 60 s by default.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     printer = Printer(job.console)
     resources = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.gpu else {})}
     try:
         ray.train.torch.TorchTrainer(
             lambda: train_worker(job),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=scale.workers, use_gpu=scale.gpu, resources_per_worker=resources
+                num_workers=(scale.min_workers, scale.workers) if scale.min_workers else scale.workers,
+                # Looking costs one call to an actor; Ray looks for new nodes every 20 s.
+                elastic_resize_monitor_interval_s=10.0,
+                use_gpu=scale.gpu,
+                resources_per_worker=resources,
             ),
             # Ray Train keeps its own notes there; the checkpoints are ours (training/checkpoint.py).
             run_config=ray.train.RunConfig(
@@ -324,7 +355,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"of {config.batch.global_size} on {config.scale.workers} workers",
             flush=True,
         )
-        console: Any = Console.remote()  # type: ignore[attr-defined]
+        # Beside this process: anywhere else it would be one more node whose loss ends the run.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        console: Any = Console.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         try:
             fit(Job(config, train, labelled, test, console))
         except ray.train.TrainingFailedError as error:

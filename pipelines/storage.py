@@ -1,23 +1,32 @@
-"""Files in a folder or in an object store, behind one small interface.
+"""Files in a folder, in an object store or on a web server, behind one small interface.
 
 A file is there whole or not at all: locally it is written beside its place and renamed, in an object store it
-appears when its upload ends.
+appears when its upload ends. Web servers are only read. What a remote store does wrong is tried again
+(``reading.py``).
 """
 
+import errno
+import functools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import urlsplit
+from typing import BinaryIO, TypeVar
+from urllib.parse import quote, urlsplit
 
 import pyarrow.fs as pafs
 
+from pipelines import objects, web
 from pipelines.errors import UserError
+from pipelines.reading import ReadError, ReadPolicy, fetch_range, read_local, retried
 
-REMOTE_SCHEMES = ("s3", "gs")
+Result = TypeVar("Result")
+WEB_SCHEMES = ("http", "https")
+REMOTE_SCHEMES = ("s3", "gs", *WEB_SCHEMES)
+# For what a person waits for: a manifest, a listing, a checkpoint.
+_SHORT = ReadPolicy(deadline_s=60.0, least_bytes_per_s=1 << 20)
 
 
 def absolute(location: str) -> str:
@@ -28,13 +37,16 @@ def absolute(location: str) -> str:
     """
     scheme = urlsplit(location).scheme
     if location.startswith("pipe:"):
-        raise UserError(f"'{location}' would run a command: name a folder or an s3:// or gs:// address instead")
+        raise UserError(
+            f"'{location}' would run a command: name a folder or an s3://, gs:// or https:// address instead"
+        )
     if scheme == "file":
         return urlsplit(location).path.rstrip("/") or "/"
     if scheme in REMOTE_SCHEMES:
         return location.rstrip("/")
     if "://" in location:
-        raise UserError(f"'{location}': unknown scheme '{scheme}'; known are folders, file://, s3:// and gs://")
+        known = "folders, file://, s3://, gs:// and http(s)://"
+        raise UserError(f"'{location}': unknown scheme '{scheme}'; known are {known}")
     return str(Path(location).expanduser().absolute())
 
 
@@ -49,14 +61,19 @@ class Store:
         """Whether the folder is on a file system of this machine."""
         return "://" not in self.location
 
-    def _filesystem(self) -> tuple[pafs.FileSystem, str]:
-        if self.location not in _FILESYSTEMS:
-            _FILESYSTEMS[self.location] = pafs.FileSystem.from_uri(self.location)
-        return _FILESYSTEMS[self.location]
+    @property
+    def is_web(self) -> bool:
+        """Whether the folder is on a web server, where files are neither written nor listed."""
+        return self.location.startswith(("http://", "https://"))
 
     def path(self, name: str) -> str:
-        """The full address of a file in this folder."""
-        return f"{self.location.rstrip('/')}/{name}" if name else self.location
+        """The full address of a file in this folder; what follows a ``?key=`` stays behind it."""
+        place, query = objects.split_query(self.location)
+        return f"{place.rstrip('/')}/{name}{query}" if name else self.location
+
+    def shown(self, name: str = "") -> str:
+        """The address as messages name it: without names, passwords and signatures."""
+        return self.path(name) if self.is_local else web.shown(self.path(name))
 
     def child(self, name: str) -> "Store":
         """The folder ``name`` inside this one."""
@@ -67,40 +84,53 @@ class Store:
         assert self.is_local, f"{self.location} is not local"
         return Path(self.location) / name
 
-    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Reads a file, or ``length`` bytes of it from ``offset``.
+    def read(self, name: str, offset: int = 0, length: int | None = None, *, policy: ReadPolicy = _SHORT) -> bytes:
+        """Reads a file, or ``length`` bytes of it from ``offset``, through faults that pass.
 
         Raises:
             FileNotFoundError: It does not exist.
             EOFError: It ends before ``offset + length``.
+            ReadError: The fault stays.
         """
-        if self.is_local:
-            with self.local(name).open("rb") as file:
-                data = os.pread(file.fileno(), length, offset) if length is not None else file.read()
-                while length is not None and len(data) < length:
-                    more = os.pread(file.fileno(), length - len(data), offset + len(data))
-                    if not more:
-                        break
-                    data += more
+        try:
+            if self.is_local:
+                return read_local(f"{self.location}/{name}", offset, length, policy)
+            stop = None if length is None else offset + length
+            # Not a file that was opened before: such files (a state, a checkpoint) change.
+            fetch = functools.partial(self.fetch, name, fresh=True)
+            return fetch_range(fetch, self.location, self.shown(name), offset, stop, policy)
+        except ReadError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), error.address) from None
+            if isinstance(error.__cause__, EOFError):
+                raise EOFError(f"{error.address}: {error.reason}") from None
+            if self.is_local and isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
+
+    def fetch(self, name: str, start: int, stop: int | None, *, fresh: bool = False) -> Generator[bytes, None, None]:
+        """Yields the bytes of a remote file as they come, in one attempt: what ``reading.Fetch`` says."""
+        if self.is_web:
+            yield from web.fetch(self._url(name), start, stop)
         else:
-            filesystem, root = self._filesystem()
-            with filesystem.open_input_file(f"{root}/{name}") as file:
-                data = file.read_at(length, offset) if length is not None else file.read()
-        if length is not None and len(data) != length:
-            raise EOFError(f"{self.path(name)}: wanted {length} bytes at {offset}, found {len(data)}")
-        return data
+            yield from objects.fetch(self.location, name, start, stop, fresh=fresh)
 
     @contextmanager
     def open_output(self, name: str) -> Iterator[BinaryIO]:
         """Opens a file for writing; it takes its name only when the block ends without an error."""
         if not self.is_local:
-            filesystem, root = self._filesystem()
+            self._refuse_web("written")
             with tempfile.SpooledTemporaryFile(max_size=64 << 20) as spool:
                 yield spool  # type: ignore[misc]
-                spool.seek(0)
-                with filesystem.open_output_stream(f"{root}/{name}") as out:
-                    while chunk := spool.read(8 << 20):
-                        out.write(chunk)
+
+                def upload() -> None:
+                    spool.seek(0)
+                    filesystem, root = self._filesystem()
+                    with filesystem.open_output_stream(f"{root}/{name}") as out:
+                        while chunk := spool.read(8 << 20):
+                            out.write(chunk)
+
+                self._retried(upload, name)
             return
         path = self.local(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,8 +155,14 @@ class Store:
         if self.is_local:
             path = self.local(name)
             return path.stat().st_size if path.is_file() else None
-        filesystem, root = self._filesystem()
-        info = filesystem.get_file_info(f"{root}/{name}")
+        if self.is_web:
+            return self._retried(lambda: web.size(self._url(name)), name)
+
+        def ask() -> pafs.FileInfo:
+            filesystem, root = self._filesystem()
+            return filesystem.get_file_info(f"{root}/{name}")
+
+        info = self._retried(ask, name)
         return info.size if info.type == pafs.FileType.File else None
 
     def exists(self, name: str) -> bool:
@@ -138,17 +174,62 @@ class Store:
         if self.is_local:
             path = self.local()
             return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-        filesystem, root = self._filesystem()
-        infos = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-        return sorted(info.base_name for info in infos)
+        return sorted(info.base_name for info in self._list(allow_not_found=True))
+
+    def sizes(self) -> dict[str, int] | None:
+        """Sizes of the files directly in this folder by name, in one listing; None where it does not exist.
+
+        Raises:
+            UserError: It is a file, or on a web server.
+        """
+        try:
+            infos = self._list(allow_not_found=False)
+        except FileNotFoundError:
+            return None
+        return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
 
     def delete(self) -> None:
         """Deletes this folder with all that it holds; nothing happens where it does not exist."""
-        filesystem, root = self._filesystem()
-        if filesystem.get_file_info(root).type == pafs.FileType.Directory or not self.is_local:
-            filesystem.delete_dir_contents(root, missing_dir_ok=True)
-            if self.is_local:
-                filesystem.delete_dir(root)
+        self._refuse_web("deleted")
 
+        def delete() -> None:
+            filesystem, root = self._filesystem()
+            if filesystem.get_file_info(root).type == pafs.FileType.Directory or not self.is_local:
+                filesystem.delete_dir_contents(root, missing_dir_ok=True)
+                if self.is_local:
+                    filesystem.delete_dir(root)
 
-_FILESYSTEMS: dict[str, tuple[pafs.FileSystem, str]] = {}
+        delete() if self.is_local else self._retried(delete)
+
+    def _list(self, *, allow_not_found: bool) -> list[pafs.FileInfo]:
+        self._refuse_web("listed")
+
+        def ask() -> list[pafs.FileInfo]:
+            filesystem, root = self._filesystem()
+            if filesystem.get_file_info(root).type == pafs.FileType.File:
+                raise UserError(f"'{self.shown()}' is a file: shards are named .tar, or by their directory")
+            return filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=allow_not_found))
+
+        return ask() if self.is_local else self._retried(ask)
+
+    def _refuse_web(self, what: str) -> None:
+        if self.is_web:
+            raise UserError(
+                f"{self.shown()} cannot be {what}: files on http(s):// are only read here, each by its name"
+            )
+
+    def _retried(self, act: Callable[[], Result], name: str = "") -> Result:
+        def once() -> Result:
+            with objects.faults():
+                return act()
+
+        return retried(once, self.shown(name), _SHORT)
+
+    def _url(self, name: str) -> str:
+        return self.path(quote(name))
+
+    def _filesystem(self) -> tuple[pafs.FileSystem, str]:
+        """The file system, and this folder's path in it."""
+        if self.is_local:
+            return pafs.LocalFileSystem(), self.location
+        return objects.locate(self.location)

@@ -62,7 +62,7 @@ def test_data_and_tracking_know_nothing_of_training():
 
 
 def test_the_plan_and_the_readers_know_no_ray():
-    for module in ("plan", "readers", "shards"):
+    for module in ("plan", "layout", "readers", "shards"):
         for name in imports(ROOT / "pipelines" / "data" / f"{module}.py"):
             assert not under(name, "ray"), f"{module} imports {name}"
 

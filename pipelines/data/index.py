@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from pipelines.data.sources import image_extension, walk_tar
 from pipelines.errors import UserError
+from pipelines.reading import ReadPolicy
 from pipelines.storage import Store
 
 NO_LABEL = -1
@@ -97,19 +98,22 @@ def read_index(store: Store, shard_name: str) -> tuple[ShardIndex, dict[str, str
     """Reads the index of a shard, and the facts about the tar that it was made of.
 
     Raises:
-        UserError: There is none, or it is damaged.
+        UserError: There is none, or it is damaged, or (``ReadError``) the store does not give it.
     """
     name = index_name(shard_name)
     try:
-        source = pa.memory_map(str(store.local(name))) if store.is_local else pa.BufferReader(store.read(name))
+        if store.is_local:
+            source = pa.memory_map(str(store.local(name)))
+        else:
+            source = pa.BufferReader(store.read(name, policy=ReadPolicy()))
         batch = pa.ipc.open_file(source).get_batch(0)
         keys, extensions, offset, size, label = (
             batch.column(field) for field in ("key", "extension", "offset", "size", "label")
         )
     except FileNotFoundError:
-        raise UserError(f"shard {store.path(shard_name)} has no index {name}: {WRITE_HINT}") from None
+        raise UserError(f"shard {store.shown(shard_name)} has no index {name}: {WRITE_HINT}") from None
     except (pa.ArrowInvalid, KeyError, IndexError) as error:
-        raise UserError(f"{store.path(name)} is no index of a shard ({error}): {WRITE_HINT} anew") from None
+        raise UserError(f"{store.shown(name)} is no index of a shard ({error}): {WRITE_HINT} anew") from None
     index = ShardIndex(offset.to_numpy(), size.to_numpy(), label.to_numpy(), _Strings(keys), _Strings(extensions))
     facts = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
     return index, facts

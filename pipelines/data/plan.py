@@ -8,7 +8,6 @@ find: no table is as long as the data.
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +16,6 @@ from mae_core.randomness import Purpose, hash_u64, permute
 
 RANGE = 64  # neighbouring samples that are read at once
 GRAIN = 8 * RANGE  # samples that are shuffled among themselves
-TASK_SAMPLES = 2 * GRAIN  # what one reading task handles, about
-
 FILLER = -1  # the sample id of a row that only fills up a batch
 
 
@@ -29,7 +26,7 @@ class Plan:
     Args:
         num_samples: Samples in the data, at least 1.
         seed: The run's seed.
-        end: Positions of the run; from there on all is filler. None: without end.
+        end: Samples of the run, each view counted; what is beyond fills up the last batch. None: without end.
         shuffle: False: position ``p`` is sample ``p``, as evaluation reads (a single epoch).
     """
 
@@ -57,7 +54,7 @@ class Plan:
         """Sample ids and epochs at positions ``start`` to ``stop``.
 
         Returns:
-            Two int64 arrays of ``stop - start``; the id is ``FILLER`` where the run has ended.
+            Two int64 arrays of ``stop - start``.
         """
         position = np.arange(start, stop, dtype=np.int64)
         if self.shuffle:
@@ -67,8 +64,6 @@ class Plan:
             epoch = np.concatenate([e for _, e in grains])[cut] if grains else position
         else:
             sample, epoch = position.copy(), np.zeros_like(position)
-        if self.end is not None:
-            sample[position >= self.end] = FILLER
         return sample, epoch
 
 
@@ -83,17 +78,25 @@ def _grain(plan: Plan, grain: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Cut:
-    """How every global batch is cut into micro-batches of one size, dealt round robin to the workers.
+    """How every global batch is cut into micro-batches of one size, and which worker takes which.
+
+    A batch is ``accumulation * world_size`` micro-batches in the plan's order. Each group of workers takes a
+    stretch of them, dealt round robin inside the group. With repeats, ``repeats`` batches in a row hold the same
+    samples under other crops and masks.
 
     Args:
         global_size: Images an optimiser step, G.
         micro_size: Largest number of images in a micro-batch.
         world_size: Workers, W.
+        repeats: Views of a sample in an epoch, R, each in another batch.
+        groups: Groups of workers that are fed apart, one a node where there is more than one; divides W.
     """
 
     global_size: int
     micro_size: int
     world_size: int
+    repeats: int = 1
+    groups: int = 1
 
     @property
     def accumulation(self) -> int:
@@ -110,45 +113,43 @@ class Cut:
         """Rows of a micro-batch; the last ones of a step may be filler."""
         return -(-self.global_size // self.micros)
 
+    @property
+    def group_size(self) -> int:
+        """Workers in a group."""
+        return self.world_size // self.groups
+
+    def index(self, step: int, turn: int, rank: int) -> int:
+        """The number, counted through all steps, of the micro-batch that a worker takes in a turn of a step."""
+        group, member = divmod(rank, self.group_size)
+        return step * self.micros + (group * self.accumulation + turn) * self.group_size + member
+
+    def rank(self, index: int) -> int:
+        """The worker that takes a micro-batch."""
+        group, place = divmod(index % self.micros, self.accumulation * self.group_size)
+        return group * self.group_size + place % self.group_size
+
+    def repeat(self, index: int) -> int:
+        """Which view of its samples a micro-batch holds."""
+        return index // self.micros % self.repeats
+
+    def positions(self, index: int) -> tuple[int, int]:
+        """Where a micro-batch begins and ends in the plan."""
+        step, micro = divmod(index, self.micros)
+        start = step // self.repeats * self.global_size
+        return tuple(start + min((micro + edge) * self.rows, self.global_size) for edge in (0, 1))  # type: ignore[return-value]
+
     def micro_batch(self, plan: Plan, index: int) -> tuple[int, np.ndarray, np.ndarray]:
         """What micro-batch ``index`` holds, counted through all steps.
 
         Returns:
             The step, and int64 sample ids and epochs of ``rows`` rows.
         """
-        step, micro = divmod(index, self.micros)
-        start = step * self.global_size + min(micro * self.rows, self.global_size)
-        stop = step * self.global_size + min((micro + 1) * self.rows, self.global_size)
+        step = index // self.micros
+        start, stop = self.positions(index)
         sample, epoch = plan.samples(start, stop)
+        if plan.end is not None:
+            # The run's end counts views.
+            views = step * self.global_size + np.arange(start, stop) % self.global_size
+            sample[views >= plan.end] = FILLER
         missing = self.rows - len(sample)
         return step, np.pad(sample, (0, missing), constant_values=FILLER), np.pad(epoch, (0, missing))
-
-    def tasks(self, start_step: int, stop_step: int) -> Iterator[range]:
-        """Cuts steps into the reading tasks' shares: ranges of micro-batch indices, in order."""
-        each = max(1, TASK_SAMPLES // self.rows)
-        stop = stop_step * self.micros
-        for first in range(start_step * self.micros, stop, each):
-            yield range(first, min(first + each, stop))
-
-    def segments(
-        self, start_step: int, stop_step: int, num_tasks: int, break_every: int = 0
-    ) -> Iterator[tuple[int, int]]:
-        """Cuts a run's steps into the shares of single Ray Data executions.
-
-        Args:
-            start_step: The first step.
-            stop_step: The one after the last.
-            num_tasks: Reading tasks in one execution.
-            break_every: No share goes over a multiple of it; 0: no such limit.
-
-        Yields:
-            First step, and the one after the last.
-        """
-        each = max(1, num_tasks * max(1, TASK_SAMPLES // self.rows) // self.micros)
-        first = start_step
-        while first < stop_step:
-            last = min(first + each, stop_step)
-            if break_every:
-                last = min(last, (first // break_every + 1) * break_every)
-            yield first, last
-            first = last

@@ -1,7 +1,10 @@
 """From byte ranges of shards to ready micro-batches: what one reading task does. Knows no Ray."""
 
+import functools
+import itertools
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +12,16 @@ import numpy as np
 import pyarrow as pa
 
 from mae_core.images import Crops, ImageError, center_crops, crop_resize, decode, random_resized_crops
+from pipelines.data.layout import Layout, make_layout
 from pipelines.data.plan import FILLER, GRAIN, RANGE, Cut, Plan
 from pipelines.data.shards import Manifest, load_index
+from pipelines.reading import ReadPolicy, read_range
 from pipelines.storage import Store
+
+GRAINS_AHEAD = 2  # being read while another is decoded
+LOCAL_THREADS = 2
+REMOTE_THREADS = 8  # a grain's ranges at once: a store's answers take their time
+DEFAULT_POLICY = ReadPolicy()
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,9 @@ class View:
     flip: bool = False
     crop_share: float = 0.875
 
-    def crops(self, height_B: np.ndarray, width_B: np.ndarray, epoch_B: np.ndarray, sample_B: np.ndarray) -> Crops:
+    def crops(
+        self, height_B: np.ndarray, width_B: np.ndarray, epoch_B: np.ndarray, sample_B: np.ndarray, repeat: int
+    ) -> Crops:
         """The crop of each image of a block."""
         if self.crop_scale is None:
             return center_crops(height_B, width_B, out_size=self.image_size, share=self.crop_share)
@@ -44,7 +56,7 @@ class View:
             seed=self.seed,
             epoch_B=epoch_B,
             sample_B=sample_B,
-            repeat_B=np.zeros_like(sample_B),
+            repeat_B=repeat,
             scale=self.crop_scale,
             flip=self.flip,
         )
@@ -59,12 +71,24 @@ class Stream:
         plan: The order of their samples.
         cut: How batches are cut.
         view: What becomes of an image.
+        policy: How long a store may fail before the run does.
     """
 
     manifest: Manifest
     plan: Plan
     cut: Cut
     view: View
+    policy: ReadPolicy = DEFAULT_POLICY
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The blocks and tasks that carry it."""
+        height, width = self.view.image_size
+        return make_layout(
+            self.cut,
+            encoded_bytes=sum(self.manifest.shard_bytes) / self.manifest.num_samples,
+            pixel_bytes=height * width * self.view.channels * self.cut.repeats,
+        )
 
 
 @dataclass(frozen=True)
@@ -73,6 +97,7 @@ class MicroBatch:
 
     Args:
         index: Its number, counted through all steps.
+        repeat: Which view of its samples it holds.
         images_BHWC: uint8, read-only.
         sample_B: int64 sample ids, ``FILLER`` for filler.
         epoch_B: int64.
@@ -82,6 +107,7 @@ class MicroBatch:
     """
 
     index: int
+    repeat: int
     images_BHWC: np.ndarray
     sample_B: np.ndarray
     epoch_B: np.ndarray
@@ -90,121 +116,234 @@ class MicroBatch:
     skipped: list[dict[str, str]]
 
 
+# Encoded sample, label, and its place in the shard.
+_Member = tuple[memoryview, int, int]
+
+
 def locate(manifest: Manifest, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Shard numbers and places within the shards of sample ids."""
-    starts = np.concatenate(([0], np.cumsum(manifest.shard_lengths)))
-    shard = np.searchsorted(starts, sample, side="right") - 1
-    return shard, sample - starts[shard]
+    shard = np.searchsorted(manifest.starts, sample, side="right") - 1
+    return shard, sample - manifest.starts[shard]
 
 
-@dataclass(frozen=True)
-class _Member:
-    data: bytes | memoryview
-    label: int
-    shard: str
-    key: str
+def _read_piece(stream: Stream, shard: int, sample: np.ndarray, place: np.ndarray) -> dict[int, _Member]:
+    """Reads neighbouring samples of one shard in one piece."""
+    manifest = stream.manifest
+    index = load_index(manifest, shard)
+    offset, size = index.offset_S[place], index.size_S[place]
+    start = int(offset.min())
+    length = int((offset + size).max()) - start
+    data = memoryview(read_range(Store(manifest.location), manifest.shard_names[shard], start, length, stream.policy))
+    columns = (sample, offset - start, size, index.label_S[place], place)
+    return {
+        id_: (data[first : first + length_], label, at)
+        for id_, first, length_, label, at in zip(*(column.tolist() for column in columns), strict=True)
+    }
 
 
-def _read_samples(manifest: Manifest, sample: np.ndarray) -> dict[int, _Member]:
-    """Reads samples, neighbours in one piece."""
+def _pieces(manifest: Manifest, sample: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Cuts samples into what is read at once: shard, sample ids, and places in the shard."""
     sample = np.unique(sample)
     shard, place = locate(manifest, sample)
     # A new read begins in another shard, and after a gap longer than a range.
     breaks = np.flatnonzero((np.diff(shard) != 0) | (np.diff(place) > RANGE)) + 1
-    store = Store(manifest.location)
-    members: dict[int, _Member] = {}
     for part in np.split(np.arange(len(sample)), breaks):
-        if not len(part):
-            continue
-        number = int(shard[part[0]])
-        name = manifest.shard_names[number]
-        index = load_index(manifest, number)
-        places = place[part]
-        offset, size = index.offset_S[places], index.size_S[places]
-        start = int(offset.min())
-        data = memoryview(store.read(name, start, int((offset + size).max()) - start))
-        for i, at, first, length in zip(part, places, offset - start, size, strict=True):
-            members[int(sample[i])] = _Member(
-                data[first : first + length], int(index.label_S[at]), name, index.keys[int(at)]
-            )
-    return members
+        if len(part):
+            yield int(shard[part[0]]), sample[part], place[part]
 
 
-def _micro_batch(
-    stream: Stream, index: int, sample_B: np.ndarray, epoch_B: np.ndarray, members: dict[int, _Member]
-) -> pa.Table:
-    view, rows = stream.view, stream.cut.rows
-    height, width = view.image_size
-    images_BHWC = np.zeros((rows, height, width, view.channels), np.uint8)
-    weight_B = np.zeros(rows, np.float32)
-    label_B = np.full(rows, -1, np.int64)
-    skipped: list[dict[str, str]] = []
-    decoded: list[np.ndarray] = []
-    good: list[int] = []
-    for row, sample in enumerate(sample_B.tolist()):
-        if sample == FILLER:
-            continue
-        member = members[sample]
-        label_B[row] = member.label
-        try:
-            decoded.append(decode(bytes(member.data), view.channels))
-            good.append(row)
-        except ImageError as error:
-            skipped.append({"shard": member.shard, "key": member.key, "reason": error.reason})
-    if good:
-        sizes = np.array([image.shape[:2] for image in decoded])
-        crops = view.crops(sizes[:, 0], sizes[:, 1], epoch_B[good], sample_B[good])
-        for row, image, box in zip(good, decoded, crops.boxes(), strict=True):
-            crop_resize(image, *box, out=images_BHWC[row])
-        weight_B[good] = 1.0
+class _Grains:
+    """The encoded samples of a task, read grain by grain, ahead of the decoder.
+
+    Args:
+        stream: What to read.
+        positions: First position, and the one after the last, of each micro-batch in the order of its use.
+        pool: Threads that read.
+    """
+
+    def __init__(self, stream: Stream, positions: list[tuple[int, int]], pool: ThreadPoolExecutor):
+        self._stream, self._pool = stream, pool
+        self._uses = [range(start // GRAIN, -(-stop // GRAIN) if stop > start else 0) for start, stop in positions]
+        wanted: dict[int, list[np.ndarray]] = {}
+        for (start, stop), grains in zip(positions, self._uses, strict=True):
+            position = np.arange(start, stop)
+            for grain in grains:
+                wanted.setdefault(grain, []).append(position[position // GRAIN == grain])
+        self._wanted = {grain: np.concatenate(parts) for grain, parts in wanted.items()}
+        self._last_use = {grain: use for use, grains in enumerate(self._uses) for grain in grains}
+        self._waiting = list(self._wanted)
+        self._reading: dict[int, list[Future[dict[int, _Member]]]] = {}
+        self._members: dict[int, dict[int, _Member]] = {}
+
+    def members(self, use: int) -> dict[int, _Member]:
+        """The samples of the micro-batch that is used ``use``-th; before it is asked for, reading goes on."""
+        found: dict[int, _Member] = {}
+        for grain in self._uses[use]:
+            while grain not in self._members:
+                self._read_on()
+                self._finish_one()
+            found |= self._members[grain]
+        for grain in [g for g in self._members if self._last_use[g] <= use]:
+            del self._members[grain]
+        self._read_on()
+        return found
+
+    def _read_on(self) -> None:
+        while self._waiting and len(self._reading) < GRAINS_AHEAD:
+            grain = self._waiting.pop(0)
+            plan, position = self._stream.plan, self._wanted[grain]
+            start, stop = int(position.min()), int(position.max()) + 1
+            sample = plan.samples(start, stop)[0][position - start]
+            self._reading[grain] = [
+                self._pool.submit(_read_piece, self._stream, *piece) for piece in _pieces(self._stream.manifest, sample)
+            ]
+
+    def _finish_one(self) -> None:
+        grain = next(iter(self._reading))
+        members: dict[int, _Member] = {}
+        for piece in self._reading.pop(grain):
+            members |= piece.result()
+        self._members[grain] = members
+
+
+def _fixed(array: np.ndarray) -> pa.Array:
+    """An array as one row of Arrow's binary of fixed size, without copying."""
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(array.nbytes), 1, [None, pa.py_buffer(array)])
+
+
+def _block(stream: Stream, views: list[list[int]], members: Iterator[dict[int, _Member]]) -> pa.Table:
+    """A block: one row with all its micro-batches, the views of the same samples one after the other.
+
+    One row, because Ray Data cuts a block of several where it likes.
+    """
+    indices = [index for same in views for index in same]
+    num, rows = len(indices), stream.cut.rows
+    height, width = stream.view.image_size
+    # K micro-batches of the block
+    images_KBHWC = np.zeros((num, rows, height, width, stream.view.channels), np.uint8)
+    sample_KB = np.empty((num, rows), np.int64)
+    epoch_KB = np.empty((num, rows), np.int64)
+    label_KB = np.full((num, rows), -1, np.int64)
+    weight_KB = np.zeros((num, rows), np.float32)
+    skipped: list[list[dict[str, str]]] = []
+    k = 0
+    for same, found in zip(views, members, strict=True):
+        own = slice(k, k + len(same))
+        for row, index in enumerate(same, start=k):
+            _, sample_KB[row], epoch_KB[row] = stream.cut.micro_batch(stream.plan, index)
+        bad = _decode_views(
+            stream, same, found, images_KBHWC[own], sample_KB[own], epoch_KB[own], label_KB[own], weight_KB[own]
+        )
+        # Said once, however many views there are.
+        skipped += [bad if view == 0 else [] for view in range(len(same))]
+        k += len(same)
     return pa.table(
         {
-            "index": pa.array([index], pa.int64()),
-            "images": pa.array([images_BHWC.data.cast("B")], pa.binary()),
-            "sample": pa.array([sample_B.tobytes()], pa.binary()),
-            "epoch": pa.array([epoch_B.tobytes()], pa.binary()),
-            "label": pa.array([label_B.tobytes()], pa.binary()),
-            "weight": pa.array([weight_B.tobytes()], pa.binary()),
+            "index": _fixed(np.array(indices, np.int64)),
+            "images": _fixed(images_KBHWC),
+            "sample": _fixed(sample_KB),
+            "epoch": _fixed(epoch_KB),
+            "label": _fixed(label_KB),
+            "weight": _fixed(weight_KB),
             "skipped": pa.array([json.dumps(skipped)], pa.string()),
         }
     )
 
 
-def read_micro_batches(stream: Stream, indices: range) -> Iterator[pa.Table]:
-    """What one reading task yields: a table of one row for each micro-batch.
+def _decode_views(
+    stream: Stream,
+    indices: list[int],
+    members: dict[int, _Member],
+    images_RBHWC: np.ndarray,
+    sample_RB: np.ndarray,
+    epoch_RB: np.ndarray,
+    label_RB: np.ndarray,
+    weight_RB: np.ndarray,
+) -> list[dict[str, str]]:
+    """Decodes samples once and cuts all their views; returns those that could not be read."""
+    view = stream.view
+    decoded: list[np.ndarray] = []
+    good: list[int] = []
+    skipped: list[dict[str, str]] = []
+    # A later view may be filler where an earlier one is not.
+    for row, sample in enumerate(sample_RB[0].tolist()):
+        if sample == FILLER:
+            continue
+        data, label_RB[:, row], place = members[sample]
+        try:
+            decoded.append(decode(bytes(data), view.channels))
+            good.append(row)
+        except ImageError as error:
+            shard = int(locate(stream.manifest, np.array([sample]))[0][0])
+            key = load_index(stream.manifest, shard).keys[place]
+            skipped.append({"shard": stream.manifest.shard_names[shard], "key": key, "reason": error.reason})
+    if not good:
+        return skipped
+    sizes = np.array([image.shape[:2] for image in decoded])
+    for r, index in enumerate(indices):
+        crops = view.crops(sizes[:, 0], sizes[:, 1], epoch_RB[r, good], sample_RB[r, good], stream.cut.repeat(index))
+        real = (sample_RB[r, good] != FILLER).tolist()
+        for row, image, box, is_real in zip(good, decoded, crops.boxes(), real, strict=True):
+            if is_real:
+                crop_resize(image, *box, out=images_RBHWC[r, row])
+                weight_RB[r, row] = 1.0
+    label_RB[sample_RB == FILLER] = -1
+    return skipped
 
-    A grain's worth of encoded samples is held at a time.
+
+def read_blocks(stream: Stream, blocks: list[list[list[int]]]) -> Iterator[pa.Table]:
+    """What one reading task yields.
+
+    Some grains' worth of encoded samples is held at a time, read while others are decoded.
+
+    Args:
+        stream: What to read.
+        blocks: For each block, for each of its turns, the indices of the micro-batches that hold the same samples.
     """
-    batches = [stream.cut.micro_batch(stream.plan, i)[1:] for i in indices]
-    group = max(1, -(-GRAIN // stream.cut.rows))
-    members: dict[int, _Member] = {}
-    for first in range(0, len(batches), group):
-        wanted = np.concatenate([sample for sample, _ in batches[first : first + group]])
-        members = _read_samples(stream.manifest, wanted[wanted != FILLER])
-        for index, (sample_B, epoch_B) in zip(
-            indices[first : first + group], batches[first : first + group], strict=True
-        ):
-            yield _micro_batch(stream, index, sample_B, epoch_B, members)
+    positions = [_real(stream, same[0]) for views in blocks for same in views]
+    threads = LOCAL_THREADS if Store(stream.manifest.location).is_local else REMOTE_THREADS
+    with ThreadPoolExecutor(threads) as pool:
+        grains = _Grains(stream, positions, pool)
+        members = map(grains.members, range(len(positions)))
+        for views in blocks:
+            yield _block(stream, views, itertools.islice(members, len(views)))
 
 
-def parse_micro_batch(table: pa.Table, stream: Stream) -> MicroBatch:
-    """A task's table as a micro-batch, without copying."""
-    view, rows = stream.view, stream.cut.rows
+def _real(stream: Stream, index: int) -> tuple[int, int]:
+    """The positions of a micro-batch that are no filler: it comes last. Later views have no more of them."""
+    start, _ = stream.cut.positions(index)
+    _, sample_B, _ = stream.cut.micro_batch(stream.plan, index)
+    return start, start + int((sample_B != FILLER).sum())
+
+
+def parse_block(table: pa.Table, stream: Stream) -> list[MicroBatch]:
+    """A block's micro-batches, without copying."""
+    assert table.num_rows == 1, f"{table.num_rows} blocks arrived as one: Ray Data merged them"
+    rows, view = stream.cut.rows, stream.view
 
     def array(name: str, dtype: Any) -> np.ndarray:
         return np.frombuffer(table.column(name)[0].as_buffer(), dtype)
 
-    return MicroBatch(
-        index=table.column("index")[0].as_py(),
-        images_BHWC=array("images", np.uint8).reshape(rows, *view.image_size, view.channels),
-        sample_B=array("sample", np.int64),
-        epoch_B=array("epoch", np.int64),
-        label_B=array("label", np.int64),
-        weight_B=array("weight", np.float32),
-        skipped=json.loads(table.column("skipped")[0].as_py()),
-    )
+    indices = array("index", np.int64).tolist()
+    images_KBHWC = array("images", np.uint8).reshape(-1, rows, *view.image_size, view.channels)
+    sample_KB, epoch_KB, label_KB = (array(name, np.int64).reshape(-1, rows) for name in ("sample", "epoch", "label"))
+    weight_KB = array("weight", np.float32).reshape(-1, rows)
+    skipped = json.loads(table.column("skipped")[0].as_py())
+    return [
+        MicroBatch(
+            index=index,
+            repeat=stream.cut.repeat(index),
+            images_BHWC=images_KBHWC[k],
+            sample_B=sample_KB[k],
+            epoch_B=epoch_KB[k],
+            label_B=label_KB[k],
+            weight_B=weight_KB[k],
+            skipped=skipped[k],
+        )
+        for k, index in enumerate(indices)
+    ]
 
 
 def read_images(stream: Stream, index: int) -> MicroBatch:
     """Reads one micro-batch here and now, without Ray."""
-    return parse_micro_batch(next(read_micro_batches(stream, range(index, index + 1))), stream)
+    return parse_block(next(read_blocks(stream, [[[index]]])), stream)[0]

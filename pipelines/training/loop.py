@@ -1,6 +1,7 @@
 """What every Ray Train worker of a pretraining run does."""
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -19,11 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.optim import lr_at, make_optimizer, peak_lr
 from pipelines.config import Config, identity, identity_hash, total_steps
+from pipelines.data.feed import Feed, join_crew
 from pipelines.data.plan import Cut, Plan
 from pipelines.data.readers import MicroBatch, Stream, View
 from pipelines.data.shards import Manifest
-from pipelines.data.source import Segments, stream_batches
 from pipelines.errors import UserError
+from pipelines.reading import ReadPolicy
 from pipelines.spool import Spool
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
@@ -43,6 +45,7 @@ class DivergedError(RuntimeError):
     """The loss has not been finite for many steps."""
 
 
+MOST_IN_ONE_EXECUTION = 16  # workers; see docs/data.md for how many blocks a second one coordinator deals
 BAD_STEPS_IN_A_ROW = 10  # after so many steps without a finite loss nothing will come back
 
 
@@ -107,11 +110,25 @@ class _Worker:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // context.get_local_world_size()))
         self.steps = total_steps(config, job.train.num_samples)
+        per_node = config.scale.executions
+        self.crew = join_crew(
+            self.rank,
+            self.world_size,
+            num_cpus=config.data.cpus_per_task,
+            broadcast=broadcast_from_rank_zero,
+            per_node=per_node == "node" or (per_node == "auto" and self.world_size > MOST_IN_ONE_EXECUTION),
+        )
         end = None if config.train.steps else int(config.train.epochs * job.train.num_samples)
         self.stream = Stream(
             job.train,
             Plan(job.train.num_samples, config.run.seed, end=end),
-            Cut(config.batch.global_size, config.batch.micro_size, self.world_size),
+            Cut(
+                config.batch.global_size,
+                config.batch.micro_size,
+                self.world_size,
+                config.data.repeats,
+                self.crew.groups,
+            ),
             View(
                 config.data.image_size,
                 config.data.channels,
@@ -119,6 +136,7 @@ class _Worker:
                 config.data.crop_scale,
                 config.data.flip,
             ),
+            ReadPolicy(deadline_s=config.data.deadline_s),
         )
         self.store = Store(config.run.storage).child(config.run.name)
         self.folder = RunFolder(self.store) if self.rank == 0 else None
@@ -127,7 +145,7 @@ class _Worker:
             self.spool.status("RUNNING")
         self.follower = start_follower(self.folder.path) if self.folder else None
         self.unreadable = Unreadable(self.folder, self.device)
-        self.prober = Prober(config, self.rank, self.world_size, self.device, self.autocast, self.segments)
+        self.prober = Prober(config, self.crew, self.device, self.autocast)
         self.model = build_model(config).to(self.device)
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
         self.writer = checkpoint.Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
@@ -143,10 +161,9 @@ class _Worker:
         if self.rank == 0:
             self.job.console.say.remote(line)
 
-    def segments(self, stream: Stream) -> Segments:
-        """The Ray Data executions of a stream, shared by all ranks."""
-        num_cpus = self.config.data.cpus_per_task
-        return Segments(stream, rank=self.rank, num_cpus=num_cpus, broadcast=broadcast_from_rank_zero)
+    def feed(self, steps: tuple[int, int]) -> Feed:
+        """Begins to read the training data of a stretch of steps; all workers call it."""
+        return Feed(self.stream, steps, crew=self.crew, num_tasks=self.config.scale.segment_tasks)
 
     # ---- before the first step
 
@@ -184,17 +201,17 @@ class _Worker:
             "warmup_steps": min(int(config.optim.warmup_epochs * per_epoch), self.steps),
             "total_steps": self.steps,
         }
-        probe_every = max(1, round(config.probe.every_epochs * per_epoch)) if config.probe.every_epochs else 0
         save_every = config.checkpoint.every_steps
+        probe_every = max(1, round(config.probe.every_epochs * per_epoch)) if config.probe.every_epochs else self.steps
+        # One that falls just before the last would tell nothing new.
+        probes = [p for p in range(probe_every, self.steps, probe_every) if start < p < self.steps - probe_every // 2]
+        stretches = dict(itertools.pairwise([start, *probes, self.steps]))
         trainer = self._trainer()
         if start == 0:
-            self.probe(0)
-        segments = self.segments(self.stream)
-        # Tasks that wait for their output to be taken keep their CPUs: where a probe comes, none may be left.
-        stream = stream_batches(
-            segments, (start, self.steps), num_tasks=config.scale.segment_tasks, break_every=probe_every
-        )
-        batches = self._audited(stream)
+            self.probe(0, (0, stretches[0]))
+        else:
+            self.reading = self.feed((start, stretches[start]))
+        batches = self._audited(self._read_on())
         window: list[torch.Tensor] = []
         self.window_start = self.last_save = time.perf_counter()
         for step in range(start, self.steps):
@@ -205,16 +222,21 @@ class _Worker:
             if log_now := save_now or done % config.log.every == 0:
                 self._log(done, lr, torch.stack(window), trainer)
                 window = []
-            # One that falls just before the last would tell nothing new.
-            if probe_every and done % probe_every == 0 and done + probe_every // 2 < self.steps:
-                self.probe(done)
+            if done in stretches:
+                self.probe(done, (done, stretches[done]))
             # Only where everything has been told: a run that continues from here leaves out nothing.
             if save_now or (log_now and time.perf_counter() - self.last_save >= 60 * config.checkpoint.every_minutes):
                 self._save(done)
         if next(batches, None) is not None:
             raise RuntimeError("the data holds more than the run's steps")
-        over_ranks(0.0, self.device)  # all have read to the end
-        segments.close()
+
+    def _read_on(self) -> Iterator[MicroBatch]:
+        """The training data of one stretch after the other."""
+        ended = None
+        while self.reading is not ended:
+            ended = self.reading
+            assert ended is not None
+            yield from ended
 
     def _trainer(self) -> Trainer:
         model: torch.nn.Module = torch.compile(self.model) if self.config.train.compile else self.model  # type: ignore[assignment]
@@ -295,6 +317,7 @@ class _Worker:
     bad_in_a_row = 0
     window_start = 0.0
     last_save = 0.0
+    reading: Feed | None = None
 
     # ---- what stands around the steps
 
@@ -318,11 +341,21 @@ class _Worker:
         if self.folder:
             self.folder.push()
 
-    def probe(self, done: int) -> None:
-        """Scores the features on held-out training labels and draws reconstructions."""
+    def probe(self, done: int, then: tuple[int, int]) -> None:
+        """Scores the features on held-out training labels and draws reconstructions.
+
+        Args:
+            done: Steps done.
+            then: The steps that follow. Their data is read from when the probe has read its own: tasks that wait
+                for their output to be taken keep their CPUs, and the probe's would wait for them for ever.
+        """
         start = time.perf_counter()
         self.model.eval()
-        scores = self.prober.validate(self.model, self.job.probe_train, self.job.train)
+
+        def read_on() -> None:
+            self.reading = self.feed(then)
+
+        scores = self.prober.validate(self.model, self.job.probe_train, self.job.train, read_on)
         self.model.train()
         self._tell_left_out(done)
         if self.spool and self.folder:

@@ -11,11 +11,12 @@ from mae_core.images import normalize
 from mae_core.model import MaskedAutoencoder
 from mae_core.probes import effective_rank, knn_predict, linear_probe, split_indices, top1
 from pipelines.config import Config
+from pipelines.data.feed import Crew, Feed
 from pipelines.data.plan import FILLER, Cut, Plan
 from pipelines.data.readers import Stream, View
 from pipelines.data.shards import Manifest
-from pipelines.data.source import Segments, stream_batches
 from pipelines.errors import UserError
+from pipelines.reading import ReadPolicy
 
 UNLABELLED_IMAGES = 2048  # enough for the effective rank of features up to that width
 
@@ -43,47 +44,50 @@ class Prober:
 
     Args:
         config: The run's configuration.
-        rank: This worker's rank.
-        world_size: Workers.
+        crew: The workers.
         device: Where this worker computes.
         autocast: Gives the context in which the encoder runs.
-        segments: Gives the Ray Data executions of a stream, shared by all workers.
     """
 
     config: Config
-    rank: int
-    world_size: int
+    crew: Crew
     device: torch.device
     autocast: Callable[[], torch.autocast]
-    segments: Callable[[Stream], Segments]
     skipped: list[dict[str, str]] = field(default_factory=list)
     """Images that could not be read, collected until somebody takes them."""
 
     @torch.inference_mode()
-    def extract(self, models: Sequence[MaskedAutoencoder], manifest: Manifest, limit: int = 0) -> list[Features] | None:
+    def extract(
+        self,
+        models: Sequence[MaskedAutoencoder],
+        manifest: Manifest,
+        limit: int = 0,
+        when_read: Callable[[], None] | None = None,
+    ) -> list[Features] | None:
         """Encodes whole images of a data set, read once for all models; rank 0 gets the features, the others None.
 
         Args:
             models: The models, not wrapped.
             manifest: The data.
             limit: Take that many images, spread over the data set; 0: all.
+            when_read: Called on every worker when nothing is being read any more.
         """
-        config = self.config
+        config, crew = self.config, self.crew
         num = min(limit or manifest.num_samples, manifest.num_samples)
         rows = config.batch.micro_size
         stream = Stream(
             manifest,
             Plan(manifest.num_samples, seed=0, end=num, shuffle=bool(limit)),
-            Cut(rows * self.world_size, rows, self.world_size),
+            Cut(rows * crew.world_size, rows, crew.world_size, groups=crew.groups),
             View(config.data.image_size, config.data.channels, crop_share=config.probe.crop_share),
+            ReadPolicy(deadline_s=config.data.deadline_s),
         )
-        segments = self.segments(stream)
         steps = -(-num // stream.cut.global_size)
         # Made at once: small pieces that are kept among large ones that are freed would tear the heap apart.
         features = [torch.empty(steps * rows, model.width, device=self.device) for model in models]
         labels = torch.full((steps * rows,), -1)
         samples = torch.full((steps * rows,), FILLER)
-        for step, batch in enumerate(stream_batches(segments, (0, steps), num_tasks=config.scale.segment_tasks)):
+        for step, batch in enumerate(Feed(stream, (0, steps), crew=crew, num_tasks=config.scale.segment_tasks)):
             here = slice(step * rows, (step + 1) * rows)
             images_BHWC = torch.from_numpy(batch.images_BHWC.copy()).to(self.device)
             images_BCHW = normalize(images_BHWC, config.data.mean, config.data.std)
@@ -95,9 +99,9 @@ class Prober:
             # an image that could not be read is left out like filler
             samples[here] = torch.from_numpy(np.where(batch.weight_B > 0, batch.sample_B, FILLER))
         gathered = [self._gather(part.to(self.device)).cpu() for part in (*features, labels, samples)]
-        # Rank 0 has what all have sent, so all have read to the end.
-        segments.close()
-        if self.rank != 0:
+        if when_read:
+            when_read()
+        if crew.rank != 0:
             return None
         *features_, labels_N, sample_N = gathered
         order = torch.argsort(sample_N, stable=True)
@@ -109,22 +113,34 @@ class Prober:
 
     def _gather(self, share: torch.Tensor) -> torch.Tensor:
         """The shares of all ranks, one after the other, on rank 0; all have the same shape."""
-        if self.world_size == 1:
+        if self.crew.world_size == 1:
             return share
-        shares = [torch.empty_like(share) for _ in range(self.world_size)] if self.rank == 0 else None
+        shares = [torch.empty_like(share) for _ in range(self.crew.world_size)] if self.crew.rank == 0 else None
         dist.gather(share, shares, dst=0)
         return torch.cat(shares) if shares is not None else share
 
-    def validate(self, model: MaskedAutoencoder, train: Manifest | None, images: Manifest) -> dict[str, float]:
+    def validate(
+        self,
+        model: MaskedAutoencoder,
+        train: Manifest | None,
+        images: Manifest,
+        when_read: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
         """Scores on a validation split of the probe's training data, or without labels the effective rank.
+
+        Args:
+            model: The model, not wrapped.
+            train: Labelled images, or None.
+            images: The images that it is pretrained on.
+            when_read: Called on every worker when nothing is being read any more, before the scoring.
 
         Returns:
             The scores on rank 0, nothing on the others.
         """
         if train is None:
-            found = self.extract([model], images, limit=UNLABELLED_IMAGES)
+            found = self.extract([model], images, UNLABELLED_IMAGES, when_read)
             return {} if found is None else {"probe/effective_rank": effective_rank(found[0].features_ND)}
-        found = self.extract([model], train, limit=self.config.probe.samples)
+        found = self.extract([model], train, self.config.probe.samples, when_read)
         return {} if found is None else self._validation(found[0], train)
 
     def _validation(self, found: Features, train: Manifest) -> dict[str, float]:

@@ -55,7 +55,7 @@ class Trainer:
         self.wait_s += time.perf_counter() - start
         self.skipped += batch.skipped
         images_BHWC = torch.from_numpy(batch.images_BHWC.copy()).to(self.device)
-        keys_B = mask_keys(self.seed, batch.epoch_B, batch.sample_B).to(self.device)
+        keys_B = mask_keys(self.seed, batch.epoch_B, batch.sample_B, batch.repeat).to(self.device)
         weight_B = torch.from_numpy(batch.weight_B.copy()).to(self.device)
         return normalize(images_BHWC, self.mean_C, self.std_C), mask_noise(keys_B, self.num_patches), weight_B
 

@@ -1,12 +1,16 @@
 """The order of samples: every one exactly once an epoch, the same on any number of workers, from any position."""
 
+import pickle
 import time
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from pipelines.data.layout import Layout, make_layout
 from pipelines.data.plan import FILLER, GRAIN, Cut, Plan
+from pipelines.data.readers import Stream, View, locate
+from pipelines.data.shards import Manifest
 
 
 @pytest.mark.parametrize("num_samples", [1, 7, 64, 65, 500, 1500, 4097])
@@ -51,18 +55,34 @@ def test_neighbours_in_storage_are_read_together():
     assert len(runs) < 10, "a grain should be about eight reads"
 
 
+def batch_of(cut, plan, step):
+    """The ids of a whole batch, in the plan's order."""
+    shares = [cut.micro_batch(plan, step * cut.micros + k) for k in range(cut.micros)]
+    assert all(s == step and len(sample) == cut.rows for s, sample, _ in shares)
+    together = np.concatenate([sample for _, sample, _ in shares])
+    return together[together != FILLER]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("global_size", "micro_size"), [(128, 64), (96, 7), (100, 1000)])
 def test_global_batches_do_not_depend_on_the_workers(world_size, global_size, micro_size):
     plan = Plan(333, seed=0, end=1000)
     cut = Cut(global_size, micro_size, world_size)
     assert cut.rows <= micro_size
-    for step in range(1000 // global_size + 1):
-        shares = [cut.micro_batch(plan, step * cut.micros + k) for k in range(cut.micros)]
-        assert all(s == step and len(sample) == cut.rows for s, sample, _ in shares)
-        together = np.concatenate([sample for _, sample, _ in shares])
-        expected, _ = plan.samples(step * global_size, (step + 1) * global_size)
-        np.testing.assert_array_equal(together[together != FILLER], expected[expected != FILLER])
+    for step in range(-(-1000 // global_size)):
+        expected, _ = plan.samples(step * global_size, min((step + 1) * global_size, 1000))
+        np.testing.assert_array_equal(batch_of(cut, plan, step), expected)
+
+
+@pytest.mark.parametrize(("world_size", "groups"), [(1, 1), (3, 1), (4, 2), (8, 4)])
+def test_every_micro_batch_is_due_once_on_one_worker(world_size, groups):
+    cut = Cut(200, 16, world_size, groups=groups)
+    due = {cut.index(5, turn, rank): rank for turn in range(cut.accumulation) for rank in range(world_size)}
+    assert sorted(due) == list(range(5 * cut.micros, 6 * cut.micros))
+    assert all(cut.rank(index) == rank for index, rank in due.items())
+    # The workers of a group take one stretch of the batch, so that a node reads what lies together.
+    group = [due[index] // cut.group_size for index in sorted(due)]
+    assert group == sorted(group)
 
 
 def test_the_last_batch_is_filled_up_and_nothing_follows():
@@ -71,21 +91,53 @@ def test_the_last_batch_is_filled_up_and_nothing_follows():
     assert counts == [64, 64, 64, 58, 0]
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_tasks_and_segments_cover_every_micro_batch_once(world_size):
-    cut = Cut(128, 48, world_size)
-    segments = list(cut.segments(5, 300, num_tasks=4))
-    steps = [step for start, stop in segments for step in range(start, stop)]
-    assert steps == list(range(5, 300))
+def test_repeats_give_each_sample_so_many_views_an_epoch_each_in_another_batch():
+    plan, cut = Plan(100, seed=0, end=9 * 100), Cut(32, 8, 2, repeats=3)
+    views = []
+    for step in range(-(-900 // 32)):
+        ids = batch_of(cut, plan, step)
+        epochs = np.concatenate([cut.micro_batch(plan, step * cut.micros + k)[2] for k in range(cut.micros)])
+        batch = [(int(e), int(sample)) for e, sample in zip(epochs, ids, strict=False)]
+        assert len(set(batch)) == len(batch), "two views of a sample in one batch"
+        views += [(*which, cut.repeat(step * cut.micros)) for which in batch]
+    assert len(views) == len(set(views)) == 900
+    # The first two epochs are complete; the run ends within the views of the third.
+    assert {view for view in views if view[0] < 2} == {
+        (e, s, r) for e in range(2) for s in range(100) for r in range(3)
+    }
+
+
+@pytest.mark.parametrize(("world_size", "groups"), [(1, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize(("turns", "blocks"), [(1, 1), (3, 2), (4, 6)])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_blocks_hold_every_micro_batch_once_for_the_worker_that_it_goes_to(world_size, groups, turns, blocks, repeats):
+    cut = Cut(96, 10, world_size, repeats, groups)
+    layout = Layout(cut, turns, blocks)
+    found = []
+    segments = list(layout.segments((5, 60), num_tasks=3))
+    assert [step for first, stop in segments for step in range(first, stop)] == list(range(5, 60))
     assert len(segments) > 1
-    indices = [i for segment in segments for task in cut.tasks(*segment) for i in task]
-    assert indices == list(range(5 * cut.micros, 300 * cut.micros))
+    assert all(stop % repeats == 0 for _, stop in segments[:-1]), "views of one batch in two executions: decoded twice"
+    for steps in segments:
+        for group in range(groups):
+            numbers = [q for task in layout.tasks(steps) for q in task]
+            assert numbers == list(range(layout.num_blocks(steps)))
+            for q in numbers:
+                views = layout.micro_batches(steps, group, q)
+                indices = [index for same in views for index in same]
+                assert {cut.rank(index) for index in indices} == {group * cut.group_size + q % cut.group_size}
+                assert all(len({cut.positions(index) for index in same}) == 1 for same in views)
+                found += indices
+    assert sorted(found) == list(range(5 * cut.micros, 60 * cut.micros))
 
 
-def test_segments_break_where_something_else_must_run():
-    segments = list(Cut(128, 64, 2).segments(5, 100, num_tasks=8, break_every=30))
-    assert [stop for _, stop in segments if stop % 30 == 0] == [30, 60, 90]
-    assert [step for start, stop in segments for step in range(start, stop)] == list(range(5, 100))
+def test_small_images_share_blocks_and_large_ones_do_not():
+    small = make_layout(Cut(128, 64, 2), encoded_bytes=1500, pixel_bytes=32 * 32 * 3)
+    large = make_layout(Cut(4096, 64, 8), encoded_bytes=100_000, pixel_bytes=224 * 224 * 3)
+    assert small.turns_per_block > 5
+    assert large.turns_per_block == 1
+    # One task is a grain at least, and not much more than fits in memory.
+    assert GRAIN <= large.blocks_per_task * 64 <= 2048
 
 
 def test_a_billion_samples_cost_no_more_than_a_thousand():
@@ -97,4 +149,39 @@ def test_a_billion_samples_cost_no_more_than_a_thousand():
         assert len(set(sample.tolist())) == 4096
     assert time.perf_counter() - start < 1
     assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_a_billion_samples_in_100_000_shards():
+    shards = 100_000
+    tracemalloc.start()
+    start = time.perf_counter()
+    manifest = Manifest(
+        location="s3://bucket/shards",
+        split="train",
+        shard_names=tuple(f"train-{i:06d}.tar" for i in range(shards)),
+        shard_lengths=(10_000,) * shards,
+        shard_bytes=(1_000_000_000,) * shards,
+        shard_digests=tuple(f"{i:064x}" for i in range(shards)),
+        classes=(),
+    )
+    assert len(manifest.digest) == 64
+    manifest = pickle.loads(pickle.dumps(manifest))
+    plan, cut = Plan(manifest.num_samples, seed=0), Cut(4096, 64, 64)
+    made = time.perf_counter() - start
+    costs = []
+    for step in (0, 123_456, 10**9):
+        start = time.perf_counter()
+        stream = Stream(manifest, plan, cut, View((224, 224), 3))
+        steps = (step, step + 16)
+        for task in stream.layout.tasks(steps):
+            for block in task:
+                for (index,) in stream.layout.micro_batches(steps, 0, block):
+                    sample = cut.micro_batch(plan, index)[1]
+                    shard, place = locate(manifest, sample)
+                    assert (shard * 10_000 + place == sample).all()
+        costs.append(time.perf_counter() - start)
+    assert made < 10
+    assert max(costs) < 5
+    assert tracemalloc.get_traced_memory()[1] < 2 << 30
     tracemalloc.stop()

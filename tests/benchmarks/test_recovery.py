@@ -1,0 +1,104 @@
+"""The recovery benchmark's counting, its cluster, and what it says to wrong input."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.audit import delivery, points
+from benchmarks.nodes import cluster
+from pipelines.data.plan import Plan
+
+ROOT = Path(__file__).parents[2]
+PLAN = Plan(100, seed=0)
+SIZE, STEPS = 6, range(4)
+
+
+def write_ids(folder, world_size, steps, change=lambda _, ids: ids, rows=2):
+    """The ids of some steps as a run writes them down, in micro-batches dealt round robin."""
+    (folder / "ids").mkdir(parents=True, exist_ok=True)
+    micros = SIZE // rows
+    for step in steps:
+        ids = change(step, PLAN.samples(step * SIZE, (step + 1) * SIZE)[0].tolist())
+        for micro in range(micros):
+            line = {"step": step, "index": step * micros + micro, "ids": ids[micro * rows : (micro + 1) * rows]}
+            path = folder / "ids" / f"rank-{micro % world_size:04d}-of-{world_size:04d}.jsonl"
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def counted(folder):
+    found = delivery(folder, PLAN, SIZE, STEPS)
+    return found.lost, found.repeated, found.order_equal, found.done_again
+
+
+def test_delivery_counts_what_is_lost_repeated_and_out_of_order(tmp_path):
+    write_ids(tmp_path / "good", 2, range(2))
+    write_ids(tmp_path / "good", 2, range(1, 3))  # step 1 once more
+    write_ids(tmp_path / "good", 1, range(2, 4), rows=3)  # step 2 once more, by one worker, in another cut
+    assert counted(tmp_path / "good") == (0, 0, True, 2)
+
+    swapped = lambda step, ids: [ids[1], ids[0], *ids[2:]] if step == 2 else ids  # noqa: E731
+    write_ids(tmp_path / "order", 2, STEPS, swapped)
+    assert counted(tmp_path / "order") == (0, 0, False, 0)
+
+    write_ids(tmp_path / "lost", 2, STEPS, lambda step, ids: ids[:4] if step == 3 else ids)
+    assert counted(tmp_path / "lost") == (2, 0, False, 0)
+
+    write_ids(tmp_path / "repeated", 2, STEPS, lambda step, ids: [*ids[:5], ids[0]] if step == 0 else ids)
+    assert counted(tmp_path / "repeated") == (1, 1, False, 0)
+
+    # done a second time with other samples than the first
+    write_ids(tmp_path / "changed", 2, STEPS)
+    write_ids(tmp_path / "changed", 2, [1], lambda _, ids: ids[::-1])
+    lost, repeated, order_equal, again = counted(tmp_path / "changed")
+    assert (lost, order_equal, again) == (0, False, 1)
+    assert repeated == SIZE
+
+    # a step that was broken off and never done again
+    write_ids(tmp_path / "end", 2, range(3))
+    assert counted(tmp_path / "end") == (SIZE, 0, False, 0)
+
+
+def test_a_line_in_the_middle_of_being_written_is_left_out(tmp_path):
+    whole = {"step": 1, "time": 2.0, "metrics": {"train/loss": 0.5, "train/grad_norm": 0.1}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(whole) + "\n" + json.dumps(whole | {"step": 2})[:-5])
+    assert sorted(points(tmp_path)) == [1]
+
+
+@pytest.mark.timeout(300)
+def test_a_lost_node_leaves_nothing_and_the_rest_goes_on():
+    with cluster(0) as nodes:
+        kept, lost = nodes.add(1), nodes.add(1)
+        gone = lost.processes()
+        assert any("raylet" in process.name() for process in gone)
+        nodes.kill(lost)
+        assert not any(alive(process) for process in gone)
+        assert nodes.nodes == [kept]
+        assert all(alive(process) for process in kept.processes() + nodes.head.processes())
+        left = kept.processes() + nodes.head.processes()
+    assert not any(alive(process) for process in left)
+
+
+def alive(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["--kills", "0"], "kills"), (["--kinds", "cat"], "cat"), (["--json", "no/where.json"], "no")],
+)
+def test_wrong_input_is_one_line(arguments, told):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.recovery", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1

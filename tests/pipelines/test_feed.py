@@ -1,0 +1,222 @@
+"""The plan through a real Ray Data: the same samples and pixels in the same order on any number of workers."""
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from pipelines.data.feed import Crew, Feed, join_crew
+from pipelines.data.plan import FILLER, Cut, Plan
+from pipelines.data.readers import Stream, View, read_images
+from pipelines.data.shards import load_manifest
+from pipelines.errors import UserError
+
+STEPS = 12
+
+
+@pytest.fixture
+def stream(shards):
+    manifest = load_manifest(shards["train"])
+    view = View((16, 16), 3, seed=0, crop_scale=(0.2, 1.0), flip=True)
+    return Stream(manifest, Plan(manifest.num_samples, seed=0, end=STEPS * 50 - 20), Cut(50, 8, 1), view)
+
+
+class Exchange:
+    """Rank 0's value to all ranks, among threads."""
+
+    def __init__(self, world_size):
+        self._barrier = threading.Barrier(world_size, timeout=120)
+        self._value = None
+
+    def __call__(self, value):
+        if value is not None:
+            self._value = value
+        self._barrier.wait()
+        found = self._value
+        self._barrier.wait()
+        return found
+
+
+def consume(stream, world_size, num_tasks=2, steps=(0, STEPS), pause_s=0.0):
+    """What each of several workers receives, consumed side by side; the most coordinators seen, and the feeds."""
+    stream = replace(stream, cut=replace(stream.cut, world_size=world_size))
+    exchange, received, most = Exchange(world_size), [[] for _ in range(world_size)], [0]
+    feeds: list[Feed] = []
+
+    def work(rank):
+        crew = join_crew(rank, world_size, num_cpus=0.5, broadcast=exchange)
+        feed = Feed(stream, steps, crew=crew, num_tasks=num_tasks)
+        feeds.append(feed)
+        for batch in feed:
+            received[rank].append(batch)
+            time.sleep(pause_s)
+            if rank == 0 and len(received[0]) % 20 == 0:
+                most[0] = max(most[0], coordinators())
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(180)
+    return received, most[0], feeds
+
+
+def coordinators():
+    return sum(p.info["name"].startswith("ray::SplitCoord") for p in psutil.process_iter(["name"]))
+
+
+def by_step(received, cut):
+    """Ids and pixels of each step, in the order of the batch, whoever received them."""
+    batches = sorted((batch for part in received for batch in part), key=lambda batch: batch.index)
+    steps = {}
+    for batch in batches:
+        real = batch.sample_B != FILLER
+        ids, pixels = steps.setdefault(batch.index // cut.micros, ([], []))
+        ids.extend(batch.sample_B[real].tolist())
+        pixels.extend(batch.images_BHWC[real].copy())
+    return steps
+
+
+@pytest.fixture
+def whole(stream):
+    return by_step(consume(stream, 1, num_tasks=64)[0], stream.cut)
+
+
+def test_every_step_is_the_same_on_any_number_of_workers(stream, whole, monkeypatch):
+    # Blocks and tasks as of large images, so that so few make several executions.
+    monkeypatch.setattr("pipelines.data.layout.BLOCK_BYTES", 1)
+    monkeypatch.setattr("pipelines.data.layout.TASK_BYTES", 1)
+    monkeypatch.setattr("pipelines.data.layout.GRAIN", 64)
+    for world_size in (1, 2, 3, 4, 8):
+        received, most, feeds = consume(stream, world_size, num_tasks=4)
+        cut = replace(stream.cut, world_size=world_size)
+        steps = by_step(received, cut)
+        for step, (ids, pixels) in steps.items():
+            expected, _ = stream.plan.samples(step * 50, min((step + 1) * 50, stream.plan.end))
+            np.testing.assert_array_equal(ids, expected)
+            np.testing.assert_array_equal(pixels, whole[step][1])
+        assert sorted(steps) == list(range(STEPS))
+        assert len(steps[STEPS - 1][0]) == 30, "the last batch is filled up, not repeated"
+        assert len(feeds[0].segments) > 1
+        # Ray would keep one for each segment.
+        assert most <= 5
+
+
+def test_from_every_step_follows_what_follows_without_a_stop(stream, whole):
+    # The position is the step's number: no other state.
+    crew = join_crew(0, 1, num_cpus=0.5)
+    for start in range(STEPS):
+        feed = Feed(stream, (start, STEPS), crew=crew, num_tasks=64)
+        late = by_step([list(feed)], stream.cut)
+        assert sorted(late) == list(range(start, STEPS))
+        for step, (ids, pixels) in late.items():
+            assert ids == whole[step][0]
+            np.testing.assert_array_equal(pixels, whole[step][1])
+
+
+def test_executions_follow_one_another_without_a_pause(stream):
+    # A data set that is through in a moment, 240 epochs of it, many to an execution.
+    stream = replace(
+        stream, plan=Plan(300, seed=0), cut=Cut(300, 300, 1), view=replace(stream.view, image_size=(64, 64))
+    )
+    began = time.monotonic()
+    _, _, feeds = consume(stream, 1, num_tasks=4, steps=(0, 240), pause_s=0.05)
+    changes = len(feeds[0].segments) - 1
+    assert changes >= 2
+    assert feeds[0].change_wait_s < 0.01 * (time.monotonic() - began)
+
+
+def test_views_of_a_sample_come_from_one_decoding_and_differ(stream, monkeypatch):
+    cut = Cut(48, 8, 2, repeats=3)
+    stream = replace(stream, plan=Plan(300, seed=0, end=3 * 300 - 10), cut=cut)
+    received, _, _ = consume(stream, 2, num_tasks=4, steps=(1, -(-890 // 48)))
+    batches = {batch.index: batch for part in received for batch in part}
+    assert sorted(batches) == list(range(cut.micros, -(-890 // 48) * cut.micros))
+    for index, batch in batches.items():
+        alone = read_images(stream, index)
+        assert batch.repeat == index // cut.micros % 3
+        np.testing.assert_array_equal(batch.sample_B, alone.sample_B)
+        np.testing.assert_array_equal(batch.weight_B, alone.weight_B)
+        np.testing.assert_array_equal(batch.images_BHWC, alone.images_BHWC)
+    first, second = batches[3 * cut.micros], batches[4 * cut.micros]
+    np.testing.assert_array_equal(first.sample_B, second.sample_B)
+    assert not np.array_equal(first.images_BHWC, second.images_BHWC)
+
+    from pipelines.data import readers
+
+    counted = []
+    monkeypatch.setattr(readers, "decode", lambda data, channels: counted.append(1) or honest(data, channels))
+    honest = __import__("mae_core.images", fromlist=["decode"]).decode
+    list(readers.read_blocks(stream, [stream.layout.micro_batches((0, 3), 0, 0)]))
+    block = stream.layout.micro_batches((0, 3), 0, 0)
+    assert len(counted) == 8 * len(block), "decoded more than once"
+
+
+def test_a_broken_image_weighs_nothing_and_is_named(stream):
+    manifest = stream.manifest
+    everything = Stream(manifest, Plan(manifest.num_samples, seed=0), Cut(300, 300, 1), stream.view)
+    batch = read_images(everything, 0)
+    assert batch.weight_B.sum() == 299
+    assert batch.skipped == [{"shard": manifest.shard_names[0], "key": "class1_0001", "reason": "truncated"}]
+    assert not batch.images_BHWC[batch.weight_B == 0].any()
+
+
+def test_crops_follow_the_epoch_and_nothing_else(stream):
+    cut = Cut(300, 300, 1)
+    first, second = (read_images(replace(stream, plan=Plan(300, seed=0), cut=cut), i) for i in (0, 1))
+    again = read_images(replace(stream, plan=Plan(300, seed=0), cut=cut), 0)
+    np.testing.assert_array_equal(first.images_BHWC, again.images_BHWC)
+    rows = {int(sample): row for row, sample in enumerate(second.sample_B)}
+    same = [
+        np.array_equal(first.images_BHWC[row], second.images_BHWC[rows[int(sample)]])
+        for row, sample in enumerate(first.sample_B)
+        if first.weight_B[row]
+    ]
+    assert sum(same) < 10
+
+
+def test_what_is_not_the_plan_stops_the_run(stream, monkeypatch):
+    def another(self, plan, index):
+        step, sample, epoch = honest(self, plan, index)
+        return step, sample[::-1].copy(), epoch
+
+    honest = Cut.micro_batch
+    feed = Feed(stream, (0, 2), crew=join_crew(0, 1, num_cpus=0.5), num_tasks=2)
+    next(feed)
+    monkeypatch.setattr(Cut, "micro_batch", another)
+    with pytest.raises(RuntimeError, match="does not hold the samples that the plan says"):
+        for _ in Feed(stream, (0, 2), crew=feed.crew, num_tasks=2):
+            pass
+    feed.close()
+
+
+def test_a_shard_that_cannot_be_read_stops_the_run_with_one_line(stream, tmp_path):
+    manifest = replace(stream.manifest, location=str(tmp_path))
+    feed = Feed(replace(stream, manifest=manifest), (0, 2), crew=join_crew(0, 1, num_cpus=0.5), num_tasks=2)
+    with pytest.raises(UserError) as error:
+        next(feed)
+    assert manifest.shard_names[0] in str(error.value)
+    assert "\n" not in str(error.value)
+    feed.close()
+
+
+def test_a_feed_that_is_given_up_leaves_nothing(stream):
+    before = coordinators()
+    feed = Feed(stream, (0, STEPS), crew=join_crew(0, 1, num_cpus=0.5), num_tasks=1)
+    next(feed)
+    feed.close()
+    deadline = time.monotonic() + 30
+    while coordinators() > before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert coordinators() <= before
+
+
+def test_a_crew_without_nodes_of_its_own_is_one_group(ray_local):
+    crew = join_crew(0, 1, num_cpus=0.5, per_node=True)
+    assert isinstance(crew, Crew)
+    assert crew.groups == 1
+    ray.kill(crew.desk)
