@@ -60,7 +60,7 @@ class Data(Section):
     """Views of an image from one decoding, each in another batch: saves decoding, makes neighbouring batches alike."""
     deadline_s: float = Field(default=300.0, gt=0)
     """How long a store may fail to give a range of a shard before the run stops."""
-    cpus_per_task: float = Field(default=0.5, gt=0)
+    cpus_per_task: float = Field(default=0.66, gt=0)
     """CPUs that one reading and decoding task claims from Ray."""
 
 
