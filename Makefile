@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 SHARDS := shards/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check install bench mlflow clean
+.PHONY: help demo test chaos check install bench mlflow clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -23,8 +23,11 @@ demo: install ## shards, pretraining on Ray, probes, picture and record, on this
 	$(RUN) -m pipelines.make_shards --source digits --split test --out $(SHARDS)/test
 	$(RUN) -m pipelines.pretrain --config pipelines/recipes/digits.toml
 
-test: install ## run all tests
+test: install ## run the tests
 	$(RUN) -m pytest
+
+chaos: install ## run the tests that kill more processes, for some minutes more
+	$(RUN) -m pytest -m chaos
 
 check: install ## lint, format, types
 	.venv/bin/ruff check .

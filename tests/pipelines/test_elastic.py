@@ -87,7 +87,7 @@ def undisturbed(shards, tmp_path_factory):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("start", "workers"), [(1, 2), (8, 3), (15, 4), (22, 1)])
+@pytest.mark.parametrize(("start", "workers"), [(1, 2), pytest.param(8, 3, marks=pytest.mark.chaos), (15, 4), (22, 1)])
 def test_any_checkpoint_continues_on_any_number_of_workers(undisturbed, shards, tmp_path, start, workers):
     folder, name = tmp_path / "run", f"step-{start:08d}"
     shutil.copytree(undisturbed / "checkpoints" / name, folder / "checkpoints" / name)
@@ -173,6 +173,7 @@ def test_a_run_goes_on_without_a_lost_node_and_takes_in_a_new_one(nodes, shards,
     assert log.read_text().count(CONTINUED) == 2
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_killed_driver_continues_with_three_workers_and_then_with_one(nodes, shards, tmp_path):
     steps, folder, log = 240, tmp_path / "run", tmp_path / "log.txt"
