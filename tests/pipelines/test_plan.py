@@ -134,10 +134,12 @@ def test_blocks_hold_every_micro_batch_once_for_the_worker_that_it_goes_to(world
 def test_small_images_share_blocks_and_large_ones_do_not():
     small = make_layout(Cut(128, 64, 2), encoded_bytes=1500, pixel_bytes=32 * 32 * 3)
     large = make_layout(Cut(4096, 64, 8), encoded_bytes=100_000, pixel_bytes=224 * 224 * 3)
-    assert small.turns_per_block > 5
-    assert large.turns_per_block == 1
+    assert small.turns_per_block > 20
+    assert large.turns_per_block * 64 * 224 * 224 * 3 <= 20 << 20
     # One task is a grain at least, and not much more than fits in memory.
-    assert GRAIN <= large.blocks_per_task * 64 <= 2048
+    assert GRAIN <= large.blocks_per_task * large.turns_per_block * 64 <= 2048
+    huge = make_layout(Cut(256, 256, 1), encoded_bytes=1e6, pixel_bytes=512 * 512 * 3)
+    assert huge.turns_per_block == 1
 
 
 def test_a_billion_samples_cost_no_more_than_a_thousand():
