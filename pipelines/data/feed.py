@@ -1,4 +1,4 @@
-"""A worker's micro-batches over as many Ray Data executions as it takes, without a pause between them.
+"""A worker's micro-batches over as many Ray Data executions as it takes, each begun before the last has ended.
 
 The workers of a run form a *crew*. Each execution covers a *segment* of the plan. The next one starts when the last
 reading task of the present one has begun: earlier its tasks could take the CPUs that the present one still needs,
