@@ -100,8 +100,9 @@ def webloader(images: Images, wanted: int) -> Iterator[Batch]:  # noqa: ARG001
         # Tensors go to the other process through shared memory.
         return torch.from_numpy(pixels), torch.from_numpy(sample_B)
 
-    dataset: Any = WebDataset(images.urls, shardshuffle=False, repeat=True, empty_check=False)
-    dataset = dataset.batched(images.batch, collation_fn=work)
+    dataset: Any = WebDataset(images.urls, shardshuffle=False, empty_check=False)
+    # WebDataset takes an argument "repeat" too, and does nothing with it.
+    dataset = dataset.batched(images.batch, collation_fn=work).repeat()
     loader = WebLoader(dataset, batch_size=None, num_workers=WORKERS, multiprocessing_context="fork")
     for images_BHWC, sample_B in loader:
         yield images_BHWC.numpy(), sample_B.numpy()

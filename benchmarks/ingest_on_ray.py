@@ -19,7 +19,7 @@ from ray.data import DataContext
 
 from benchmarks.ingest_arms import Arm, Batch, decode_crop
 from benchmarks.ingest_data import Images, sample_ids
-from pipelines.config import Data, Scale
+from pipelines.config import Data
 from pipelines.data.feed import Crew, Feed, join_crew
 
 
@@ -71,7 +71,7 @@ def ours(images: Images, wanted: int, first_step: int = 0) -> Iterator[Batch]:
     # Its settings stay in the process's context, and the other arms must not inherit them.
     with DataContext.current(DataContext.get_current().copy()):
         steps = (first_step, first_step + -(-wanted // images.batch))
-        feed = Feed(images.stream(), steps, crew=crew(), num_tasks=_default(Scale, "segment_tasks"))
+        feed = Feed(images.stream(), steps, crew=crew())
         try:
             for batch in feed:
                 yield batch.images_BHWC, batch.sample_B

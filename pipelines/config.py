@@ -139,8 +139,9 @@ class Scale(Section):
     """Restarts of the worker group after a failure; -1: without limit."""
     address: str = ""
     """Ray cluster to join ('auto': one on this machine); empty: RAY_ADDRESS, else a local Ray."""
-    segment_tasks: int = Field(default=64, ge=2)
-    """Reading tasks in one Ray Data execution, about; the next one starts before the last has ended."""
+    segment_tasks: int = Field(default=0, ge=0)
+    """Reading tasks in one Ray Data execution, about; the next one starts before the last has ended. 0: some minutes'
+    worth, by the CPUs of the cluster."""
     executions: Literal["auto", "one", "node"] = "auto"
     """Who is fed by one Ray Data execution: all workers, or those of a node; auto: a node's from 17 workers on."""
 

@@ -96,6 +96,8 @@ def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
     check_model(config)
     if config.run.init_from:
         check_initial_weights(config)
+    if Store(config.run.storage).is_web:
+        raise UserError(f"run.storage: nothing can be written to {config.run.storage}; name a folder, s3:// or gs://")
     if config.log.ids and not Store(config.run.storage).is_local:
         raise UserError("log.ids writes to a local run.storage only")
     train = load_manifest(config.data.train)

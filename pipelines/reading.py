@@ -73,6 +73,9 @@ class ReadPolicy:
     slow_least_s: float = 2.0
 
 
+DEFAULT_POLICY = ReadPolicy()
+
+
 class ReadError(UserError):
     """A range could not be read: the fault stayed, or is one that stays.
 
@@ -97,7 +100,7 @@ class ReadError(UserError):
         )
 
 
-def read_range(store: "Store", name: str, offset: int, length: int, policy: ReadPolicy = ReadPolicy()) -> bytes:
+def read_range(store: "Store", name: str, offset: int, length: int, policy: ReadPolicy = DEFAULT_POLICY) -> bytes:
     """Reads ``length`` bytes of a file from ``offset``, through every fault that passes within the deadline.
 
     A local file is read here and now, at the cost of opening it and one ``pread``; a disk that hangs is waited for.

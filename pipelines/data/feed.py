@@ -25,6 +25,11 @@ from pipelines.errors import UserError
 
 _BLOCKS_AHEAD = 2  # parsed and waiting in this worker, beside those that Ray Data holds for it
 
+# A change of executions costs a second or so where decoding limits; a task takes a CPU about as long. So with this
+# many tasks for each CPU an execution takes some minutes, on any cluster, and its change is under 1 % of it.
+_TASKS_PER_CPU = 192
+_MOST_TASKS = 8192  # what one coordinator has to hold; no execution is that short on clusters that reach it
+
 
 @dataclass
 class Crew:
@@ -36,6 +41,7 @@ class Crew:
         desk: Where executions are handed out.
         num_cpus: CPUs that one reading task claims.
         nodes: Node id of each group's workers, where groups are fed apart; else empty.
+        segment_tasks: Reading tasks in one execution, about, where a feed is not told otherwise.
     """
 
     rank: int
@@ -43,6 +49,7 @@ class Crew:
     desk: Any
     num_cpus: float
     nodes: tuple[str, ...] = ()
+    segment_tasks: int = _TASKS_PER_CPU
     feeds: int = field(default=0, init=False)
     """Feeds made so far: the same on all workers, since all make the same ones in the same order."""
 
@@ -70,12 +77,14 @@ def join_crew(
         per_node: Feed the workers of each node by an execution of its own, where all nodes have equally many.
     """
     here = ray.get_runtime_context().get_node_id()
-    desk = None
+    made = None
     if rank == 0:
         # On rank 0's own node: anywhere else it would be one more node whose loss ends the attempt.
         place = NodeAffinitySchedulingStrategy(here, soft=False)
         desk = Desk.options(scheduling_strategy=place).remote(world_size)  # type: ignore[attr-defined]
-    desk = broadcast(desk)
+        # CPUs come and go, and all must cut alike.
+        made = desk, int(ray.cluster_resources().get("CPU", 1))
+    desk, cpus = broadcast(made)
     nodes: tuple[str, ...] = ()
     if per_node and world_size > 1:
         by_rank = ray.get(desk.meet.remote(rank, here))
@@ -83,7 +92,8 @@ def join_crew(
         size = world_size // len(distinct)
         if len(distinct) > 1 and by_rank == [node for node in distinct for _ in range(size)]:
             nodes = distinct
-    return Crew(rank, world_size, desk, num_cpus, nodes)
+    tasks = min(_TASKS_PER_CPU * max(cpus // max(len(nodes), 1), 1), _MOST_TASKS)
+    return Crew(rank, world_size, desk, num_cpus, nodes, tasks)
 
 
 class Feed:
@@ -96,18 +106,18 @@ class Feed:
         stream: What to read.
         steps: First step, and the one after the last.
         crew: The workers.
-        num_tasks: Reading tasks in one execution, about.
+        num_tasks: Reading tasks in one execution, about; 0: as many as take some minutes.
 
     Raises:
         UserError: A shard could not be read.
         RuntimeError: What arrived is not what the plan says.
     """
 
-    def __init__(self, stream: Stream, steps: tuple[int, int], *, crew: Crew, num_tasks: int):
+    def __init__(self, stream: Stream, steps: tuple[int, int], *, crew: Crew, num_tasks: int = 0):
         assert stream.cut.groups == crew.groups, "the stream was cut for other groups of workers"
         self.stream, self.crew, self.steps = stream, crew, steps
         self.group, self.member = divmod(crew.rank, stream.cut.group_size)
-        self.segments = list(stream.layout.segments(steps, num_tasks))
+        self.segments = list(stream.layout.segments(steps, num_tasks or crew.segment_tasks))
         self.change_wait_s = 0.0
         """Seconds waited for the first block of each segment but the first."""
         self._number = crew.feeds

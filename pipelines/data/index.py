@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from pipelines.data.sources import image_extension, walk_tar
 from pipelines.errors import UserError
-from pipelines.reading import ReadPolicy
+from pipelines.reading import DEFAULT_POLICY, ReadPolicy
 from pipelines.storage import Store
 
 NO_LABEL = -1
@@ -94,7 +94,7 @@ def encode_index(index: ShardIndex, *, tar_bytes: int, tar_sha256: str, skipped:
     return out.getvalue()
 
 
-def read_index(store: Store, shard_name: str) -> tuple[ShardIndex, dict[str, str]]:
+def read_index(store: Store, shard_name: str, policy: ReadPolicy = DEFAULT_POLICY) -> tuple[ShardIndex, dict[str, str]]:
     """Reads the index of a shard, and the facts about the tar that it was made of.
 
     Raises:
@@ -105,7 +105,7 @@ def read_index(store: Store, shard_name: str) -> tuple[ShardIndex, dict[str, str
         if store.is_local:
             source = pa.memory_map(str(store.local(name)))
         else:
-            source = pa.BufferReader(store.read(name, policy=ReadPolicy()))
+            source = pa.BufferReader(store.read(name, policy=policy))
         batch = pa.ipc.open_file(source).get_batch(0)
         keys, extensions, offset, size, label = (
             batch.column(field) for field in ("key", "extension", "offset", "size", "label")

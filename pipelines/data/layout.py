@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipelines.data.plan import GRAIN, Cut
 
-BLOCK_BYTES = 20 << 20  # a block is filled up to this with micro-batches
+BLOCK_BYTES = 40 << 20  # a block is filled up to this with micro-batches
 TASK_BYTES = 128 << 20  # encoded or decoded, whichever is more: what one task handles, about
 MOST_TASK_GRAINS = 16
 

@@ -20,6 +20,7 @@ from braceexpand import braceexpand
 from pipelines.data.index import WRITE_HINT, ShardIndex, index_name, index_tar, read_index
 from pipelines.errors import UserError
 from pipelines.objects import split_query
+from pipelines.reading import DEFAULT_POLICY, ReadPolicy
 from pipelines.storage import Store, absolute
 
 __all__ = ["Manifest", "ShardIndex", "index_tar", "load_index", "load_manifest"]
@@ -83,19 +84,19 @@ class Manifest:
         return hashlib.sha256(json.dumps(parts[1:]).encode()).hexdigest()
 
 
-def load_index(manifest: Manifest, shard: int) -> ShardIndex:
+def load_index(manifest: Manifest, shard: int, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIndex:
     """The index of a manifest's shard; the last few hundred stay in the process's memory.
 
     Raises:
         UserError: There is none, or it was made of another tar.
     """
     name, digest = manifest.shard_names[shard], manifest.shard_digests[shard]
-    return _cached_index(manifest.location, name, digest, manifest.shard_lengths[shard])
+    return _cached_index(manifest.location, name, digest, manifest.shard_lengths[shard], policy)
 
 
 @functools.lru_cache(maxsize=_CACHED_INDEXES)
-def _cached_index(location: str, shard_name: str, digest: str, length: int) -> ShardIndex:
-    index, facts = read_index(Store(location), shard_name)
+def _cached_index(location: str, shard_name: str, digest: str, length: int, policy: ReadPolicy) -> ShardIndex:
+    index, facts = read_index(Store(location), shard_name, policy)
     if facts.get("tar_sha256") != digest or len(index) != length:
         raise UserError(f"{Store(location).shown(index_name(shard_name))} was made of another tar: {WRITE_HINT} anew")
     return index

@@ -6,6 +6,7 @@ One task reads the ranges of some grains, decodes, crops, and yields blocks of m
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -40,16 +41,17 @@ class _PlanSource(Datasource):
     ):
         super().__init__()
         height, width = stream.view.image_size
-        self._reference, self._started = reference, started
-        self._micro_bytes = stream.cut.rows * height * width * stream.view.channels
-        layout = stream.layout
-        self._tasks = [[layout.micro_batches(steps, group, block) for block in task] for task in layout.tasks(steps)]
+        cut, layout = stream.cut, stream.layout
+        self._reference, self._steps, self._group, self._started = reference, steps, group, started
+        views = layout.turns_per_block * min(cut.repeats, steps[1] - steps[0])
+        self._block_bytes = views * cut.rows * height * width * stream.view.channels
+        self._tasks = layout.tasks(steps)
 
     def get_name(self) -> str:
         return "Plan"
 
     def estimate_inmemory_data_size(self) -> int:
-        return sum(self._num_micros(task) for task in self._tasks) * self._micro_bytes
+        return sum(map(len, self._tasks)) * self._block_bytes
 
     def get_read_tasks(
         self,
@@ -60,27 +62,33 @@ class _PlanSource(Datasource):
         """The tasks as they were cut, whatever parallelism is asked for: Ray Data also asks to learn the sizes."""
         return [self._task(task, last=number == len(self._tasks) - 1) for number, task in enumerate(self._tasks)]
 
-    def _task(self, blocks: list[list[list[int]]], last: bool) -> ReadTask:
-        reference, started = self._reference, self._started if last else None
-
-        def read() -> Iterable[pa.Table]:
-            if started is not None:
-                started()
-            return read_blocks(_stream(reference), blocks)
-
-        num = self._num_micros(blocks)
-        metadata = BlockMetadata(
-            num_rows=len(blocks), size_bytes=self._micro_bytes * num, input_files=None, exec_stats=None
-        )
-        return ReadTask(read, metadata)
-
-    @staticmethod
-    def _num_micros(blocks: list[list[list[int]]]) -> int:
-        return sum(len(same) for views in blocks for same in views)
+    def _task(self, blocks: range, last: bool) -> ReadTask:
+        read = _Read(self._reference, self._steps, self._group, blocks, self._started if last else None)
+        size = self._block_bytes * len(blocks)
+        return ReadTask(read, BlockMetadata(num_rows=len(blocks), size_bytes=size, input_files=None, exec_stats=None))
 
     @property
     def num_tasks(self) -> int:
         return len(self._tasks)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one task does. Small, and pickled by name: an execution has thousands of them."""
+
+    reference: "ray.ObjectRef[Stream]"
+    steps: tuple[int, int]
+    group: int
+    blocks: range
+    started: Callable[[], Any] | None
+
+    def __call__(self) -> Iterable[pa.Table]:
+        if self.started is not None:
+            self.started()
+        stream = _stream(self.reference)
+        return read_blocks(
+            stream, [stream.layout.micro_batches(self.steps, self.group, block) for block in self.blocks]
+        )
 
 
 @functools.lru_cache(maxsize=4)

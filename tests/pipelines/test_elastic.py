@@ -1,6 +1,7 @@
 """Runs that stop and go on with more or fewer workers, by hand and by Ray Train's own elasticity."""
 
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,19 @@ def test_any_checkpoint_continues_on_any_number_of_workers(undisturbed, shards, 
     check_numbers(folder, undisturbed, rel=0 if workers == 2 else 1e-3)
 
 
+def test_one_worker_continues_bit_equal(shards, tmp_path):
+    saving = ["--checkpoint.every-steps", "4", "--checkpoint.keep", "99"]
+    whole = tmp_path / "whole"
+    assert main(arguments(tmp_path, shards, "whole", 12, *saving)) == 0
+    folder, name = tmp_path / "late", "step-00000004"
+    shutil.copytree(whole / "checkpoints" / name, folder / "checkpoints" / name)
+    shutil.copy(whole / "identity.json", folder)
+    assert main(arguments(tmp_path, shards, "late", 12)) == 0
+    check_samples(folder, range(4, 12))
+    assert sorted(points(folder)) == list(range(5, 13))
+    check_numbers(folder, whole, rel=0)
+
+
 @contextlib.contextmanager
 def started(command, log, environment):
     """The command as its user starts it."""
@@ -143,6 +157,23 @@ def nodes():
         made.add(1)
         made.add(1)
         yield made
+
+
+@pytest.mark.timeout(600)
+def test_each_node_is_fed_by_an_execution_of_its_own(shards, tmp_path):
+    # Ray Data deals the free CPUs to executions by whole numbers: a node with one would starve.
+    with cluster(0, RAY_worker_niceness="0", **FAST_HEALTH_CHECKS) as made:
+        made.add(2)
+        made.add(2)
+        flags = ["--scale.address", made.address, "--scale.workers", "2", "--scale.executions", "node"]
+        flags += ["--data.cpus-per-task", "0.5", "--scale.cpus-per-worker", "1"]
+        log, folder = tmp_path / "log.txt", tmp_path / "run"
+        with started(arguments(tmp_path, shards, "run", 40, *flags), log, made.environment) as process:
+            assert process.wait(240) == 0, log.read_text()[-3000:]
+    check_samples(folder, range(40))
+    # A group's share of a batch is a stretch of it; from one execution for both they would have come in turns.
+    lines = [json.loads(line) for line in (folder / "ids" / "rank-0001-of-0002.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines if line["step"] == 7] == [7 * 6 + 3, 7 * 6 + 4, 7 * 6 + 5]
 
 
 # Before the next one: Ray keeps places for the workers of a driver that was killed, for three minutes.

@@ -354,6 +354,7 @@ def test_as_a_job_on_a_cluster_without_its_mlflow_server(cluster, recipe, shards
         (["--model.arch", "vit_bsae_patch16_224"], "vit_bsae_patch16_224"),
         (["--model.heads", "5"], "heads"),
         (["--scale.workers", "64"], "64 workers with 0.5 CPUs each"),
+        (["--run.storage", "http://127.0.0.1:1/runs"], "nothing can be written to http"),
         (["--run.init-from", "nothing.pth"], "no file"),
         (["--run.init-from", __file__], "cannot be read as a checkpoint"),
         (["--probe.test", "x"], "probe.test is given without probe.train"),
