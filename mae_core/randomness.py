@@ -28,6 +28,8 @@ class Purpose(IntEnum):
     MASK = 5
     SPLIT = 6
     PROBE = 7
+    AUGMENT = 8
+    MIX = 9
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

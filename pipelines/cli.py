@@ -3,12 +3,13 @@
 import contextlib
 import difflib
 import io
+import json
 import re
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pydantic
 import tyro
@@ -106,8 +107,21 @@ def _near_flags(schema: type[pydantic.BaseModel], arguments: list[str]) -> str:
     return ""
 
 
-def load_toml(schema: type[T], path: str) -> T:
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        k: _merged(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v
+        for k, v in above.items()
+    }
+    return below | both
+
+
+def load_toml(schema: type[T], path: str, default: T | None = None) -> T:
     """Reads a TOML file into a frozen schema.
+
+    Args:
+        schema: The pydantic model.
+        path: The file.
+        default: Values for what the file does not give; None: the schema's own.
 
     Raises:
         UserError: No such file, no TOML, an unknown key, or a value that does not fit.
@@ -119,7 +133,49 @@ def load_toml(schema: type[T], path: str) -> T:
         raise UserError(f"no configuration file '{path}'") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a TOML file: {error}") from None
+    if default is not None:
+        values = _merged(default.model_dump(), values)
     try:
         return schema.model_validate(values)
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {_reason(error)}") from None
+
+
+def parse_with_file(schema: type[T], *, prog: str, argv: Sequence[str] | None = None, default: T) -> T:
+    """Reads ``--config FILE``, which goes over the defaults, and flags, which go over the file.
+
+    Args:
+        schema: The pydantic model.
+        prog: The command's name as the user types it.
+        argv: The arguments without the command; those of the process where None.
+        default: Values for what neither gives.
+
+    Raises:
+        UserError: An unknown key or flag, or a value that does not fit.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for position, argument in enumerate(arguments):
+        if argument == "--config":
+            if position + 1 == len(arguments):
+                raise UserError("--config needs a TOML file")
+            default = load_toml(schema, arguments[position + 1], default)
+            del arguments[position : position + 2]
+            break
+        if argument.startswith("--config="):
+            default = load_toml(schema, argument.split("=", 1)[1], default)
+            del arguments[position]
+            break
+    if "--help" in arguments or "-h" in arguments:
+        print("--config FILE reads a TOML file first; flags go over it. Recipes: pipelines/recipes/*.toml\n")
+    return parse(schema, prog=prog, argv=arguments, default=default)
+
+
+def to_toml(config: pydantic.BaseModel, title: str) -> str:
+    """A configuration of sections as a file that ``--config`` takes, under a comment."""
+    lines = [f"# {title}"]
+    for name in type(config).model_fields:
+        lines.append(f"\n[{name}]")
+        for key, value in getattr(config, name).model_dump().items():
+            # JSON's strings, numbers, booleans and arrays are TOML's.
+            lines.append(f"{key} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"

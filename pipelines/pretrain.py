@@ -8,18 +8,12 @@ same ``run.name`` again continues the run from its last checkpoint; a finished o
 """
 
 import contextlib
-import hashlib
-import importlib.metadata
 import itertools
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,9 +21,10 @@ import ray.train
 import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.cli import load_toml, parse
+from pipelines import provenance
+from pipelines.cli import parse_with_file, to_toml
 from pipelines.config import Config, flat, identity, identity_hash, total_steps
-from pipelines.console import Console, Printer
+from pipelines.console import Console
 from pipelines.data.shards import Manifest, load_manifest
 from pipelines.errors import UserError, run_command
 from pipelines.ray_session import connect
@@ -38,12 +33,12 @@ from pipelines.storage import Store, absolute
 from pipelines.tracking import DatasetInput, RunDescription, create_run, resolve_tracking_uri, send
 from pipelines.training import checkpoint
 from pipelines.training.build import check_initial_weights, check_model
+from pipelines.training.launch import check_resources, run_workers
 from pipelines.training.loop import Job, train_worker
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.unreadable import told
 
 PROG = "python -m pipelines.pretrain"
-_PACKAGES = ("ray", "torch", "timm", "mlflow", "pyarrow", "numpy")
 
 
 def read_config(argv: Sequence[str] | None = None) -> Config:
@@ -52,22 +47,7 @@ def read_config(argv: Sequence[str] | None = None) -> Config:
     Raises:
         UserError: An unknown key or flag, or a value that does not fit.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    default = Config()
-    for position, argument in enumerate(arguments):
-        if argument == "--config":
-            if position + 1 == len(arguments):
-                raise UserError("--config needs a TOML file")
-            default = load_toml(Config, arguments[position + 1])
-            del arguments[position : position + 2]
-            break
-        if argument.startswith("--config="):
-            default = load_toml(Config, argument.split("=", 1)[1])
-            del arguments[position]
-            break
-    if "--help" in arguments or "-h" in arguments:
-        print("--config FILE reads a TOML file first; flags go over it. Recipes: pipelines/recipes/*.toml\n")
-    return parse(Config, prog=PROG, argv=arguments, default=default)
+    return parse_with_file(Config, prog=PROG, argv=argv, default=Config())
 
 
 def resolve(config: Config) -> Config:
@@ -117,61 +97,6 @@ def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
     return train, labelled, test
 
 
-def check_resources(config: Config) -> None:
-    """Holds what the run asks for against what this machine has.
-
-    Raises:
-        UserError: It can never be met.
-    """
-    have, scale = ray.cluster_resources(), config.scale
-    if scale.min_workers:
-        _check_room_for_reading(config)
-    cpus = have.get("CPU", 0)
-    wanted = scale.workers * scale.cpus_per_worker
-    if config.scale.address or os.environ.get("RAY_ADDRESS"):
-        # A cluster may still grow: Ray waits for what is missing.
-        gpus = f" and {scale.workers} GPUs" if scale.gpu else ""
-        if wanted + config.data.cpus_per_task > cpus or (scale.gpu and scale.workers > have.get("GPU", 0)):
-            print(
-                f"waiting for the cluster to grow: the run needs {wanted + config.data.cpus_per_task:g} CPUs{gpus}, "
-                f"there are {cpus:g} and {have.get('GPU', 0):g}",
-                flush=True,
-            )
-        return
-    if wanted + config.data.cpus_per_task > cpus:
-        share = max(0.0, (cpus - config.data.cpus_per_task) / scale.workers)
-        raise UserError(
-            f"{scale.workers} workers with {scale.cpus_per_worker:g} CPUs each and {config.data.cpus_per_task:g} for "
-            f"reading data are more than the {cpus:g} CPUs there are: lower scale.workers, or set "
-            f"scale.cpus_per_worker to {share:.2g} or less"
-        )
-    if scale.gpu and scale.workers > have.get("GPU", 0):
-        raise UserError(
-            f"scale.gpu asks for {scale.workers} GPUs, one for each worker; there are {have.get('GPU', 0):g}"
-        )
-
-
-def _check_room_for_reading(config: Config) -> None:
-    """Sees that workers never fill a node: an elastic run starts as many as fit, and then nobody could read for them.
-
-    Raises:
-        UserError: They can.
-    """
-    scale, reading = config.scale, config.data.cpus_per_task
-    for node in ray.nodes():
-        cpus = node["Resources"].get("CPU", 0.0) if node["Alive"] else 0.0
-        gpus = node["Resources"].get("GPU", 0.0) if scale.gpu else scale.workers
-        # Ray counts in ten-thousandths.
-        fit = min(int(cpus / scale.cpus_per_worker + 1e-4), int(gpus), scale.workers)
-        if fit and cpus - fit * scale.cpus_per_worker < reading - 1e-4:
-            share = int(100 * (cpus - reading) / fit) / 100
-            raise UserError(
-                f"scale.min_workers needs CPUs for reading beside the workers on every node: {fit} workers with "
-                f"{scale.cpus_per_worker:g} CPUs each do not leave data.cpus_per_task, {reading:g}, of the {cpus:g} "
-                f"CPUs of {node['NodeManagerAddress']}; set scale.cpus_per_worker to {max(0.0, share):g}"
-            )
-
-
 def open_run(config: Config, data_digest: str) -> dict[str, Any] | None:
     """Makes the run's folder, or finds the run that its name continues.
 
@@ -201,50 +126,14 @@ def open_run(config: Config, data_digest: str) -> dict[str, Any] | None:
             if result["identity"] == identity_hash(mine):
                 return result
     store.write("config.json", config.model_dump_json(indent=2) + "\n")
-    store.write("config.toml", to_toml(config))
+    title = f"Resolved configuration of the run '{config.run.name}'. Feed it back with --config."
+    store.write("config.toml", to_toml(config, title))
     store.write("identity.json", json.dumps(mine, indent=2))
     return None
 
 
-def to_toml(config: Config) -> str:
-    """The resolved configuration as a file that ``--config`` takes."""
-    lines = [f"# Resolved configuration of the run '{config.run.name}'. Feed it back with --config."]
-    for name in type(config).model_fields:
-        lines.append(f"\n[{name}]")
-        for key, value in getattr(config, name).model_dump().items():
-            # JSON's strings, numbers, booleans and arrays are TOML's.
-            lines.append(f"{key} = {json.dumps(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def git_commit() -> str:
-    """The commit of the code that runs, with a mark where it was changed.
-
-    A job's copy of the code has no repository: ``MAE_GIT_COMMIT`` may say it; else it is ``unknown``, and the digest of
-    the code stands alone.
-    """
-    if told := os.environ.get("MAE_GIT_COMMIT"):
-        return told
-    root = Path(__file__).parents[1]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def code_digest() -> str:
-    """SHA-256 over the code of the method and the pipeline: which code ran, also without a repository."""
-    root = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted([*root.glob("mae_core/**/*.py"), *root.glob("pipelines/**/*.py")]):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
 def describe(config: Config, data: dict[str, Manifest | None]) -> RunDescription:
     """What MLflow is told about the run before it starts."""
-    versions = {f"version.{name}": importlib.metadata.version(name) for name in _PACKAGES}
     train = data["train"]
     assert train is not None
     return RunDescription(
@@ -252,13 +141,10 @@ def describe(config: Config, data: dict[str, Manifest | None]) -> RunDescription
         name=config.run.name,
         params=flat(config),
         tags={
-            "git.commit": git_commit(),
-            "code.digest": code_digest(),
-            "python": platform.python_version(),
+            **provenance.tags(),
             "data.digest": train.digest,
             "identity": identity_hash(identity(config, train.digest)),
             "storage": config.run.storage,
-            **versions,
         },
         datasets=tuple(
             DatasetInput(
@@ -272,40 +158,6 @@ def describe(config: Config, data: dict[str, Manifest | None]) -> RunDescription
             if manifest is not None
         ),
     )
-
-
-def fit(job: Job) -> None:
-    """Runs the workers until the run has ended; lost ones are replaced.
-
-    Raises:
-        ray.train.TrainingFailedError: It failed for good.
-    """
-    scale = job.config.scale
-    # Where a node has just been lost, Ray Train asks for a place there until it has heard of the loss. It asks anew
-    # each time that this has passed: 60 s by default.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
-    printer = Printer(job.console)
-    resources = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.gpu else {})}
-    try:
-        ray.train.torch.TorchTrainer(
-            lambda: train_worker(job),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=(scale.min_workers, scale.workers) if scale.min_workers else scale.workers,
-                # Looking costs one call to an actor; Ray looks for new nodes every 20 s.
-                elastic_resize_monitor_interval_s=10.0,
-                use_gpu=scale.gpu,
-                resources_per_worker=resources,
-            ),
-            # Ray Train keeps its own notes there; the checkpoints are ours (training/checkpoint.py).
-            run_config=ray.train.RunConfig(
-                name="ray-train",
-                storage_path=Store(job.config.run.storage).child(job.config.run.name).location,
-                failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
-                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            ),
-        ).fit()
-    finally:
-        printer.stop()
 
 
 def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: float) -> str:
@@ -347,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(summary(config, result, tracking_uri, 0.0))
         return 0
     with connect(address=config.scale.address):
-        check_resources(config)
+        check_resources(config.scale, config.data.cpus_per_task)
         folder = RunFolder(store)
         description = describe(config, {"train": train, "probe_train": labelled, "probe_test": test})
         create_run(folder.path, description, tracking_uri=tracking_uri)
@@ -361,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         console: Any = Console.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         try:
-            fit(Job(config, train, labelled, test, console))
+            job = Job(config, train, labelled, test, console)
+            run_workers(lambda: train_worker(job), config.scale, store, console)
         except ray.train.TrainingFailedError as error:
             failure = ray.get(console.failure.remote())
             if failure is None:

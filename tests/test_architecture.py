@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "pipelines": {"mae_core", "pipelines"},
     "tune": {"mae_core", "pipelines", "tune"},
 }
-JOBS = ("make_shards", "check_shards", "pretrain", "sync")
+JOBS = ("make_shards", "check_shards", "pretrain", "transfer", "reconstruct", "compare", "sync")
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -62,7 +62,7 @@ def test_data_and_tracking_know_nothing_of_training():
 
 
 def test_the_plan_and_the_readers_know_no_ray():
-    for module in ("plan", "layout", "readers", "shards"):
+    for module in ("plan", "layout", "readers", "shards", "lookup"):
         for name in imports(ROOT / "pipelines" / "data" / f"{module}.py"):
             assert not under(name, "ray"), f"{module} imports {name}"
 

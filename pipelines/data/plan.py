@@ -19,21 +19,34 @@ GRAIN = 8 * RANGE  # samples that are shuffled among themselves
 FILLER = -1  # the sample id of a row that only fills up a batch
 
 
+@dataclass(frozen=True, eq=False)
+class Members:
+    """The samples of a plan that goes over a part of the data: a split, or a share of the labels.
+
+    Args:
+        sample_N: int64 sample ids, ascending. A table as long as the part: for labelled data, which are small.
+    """
+
+    sample_N: np.ndarray
+
+
 @dataclass(frozen=True)
 class Plan:
     """The order of samples.
 
     Args:
-        num_samples: Samples in the data, at least 1.
+        num_samples: Samples in the data, or in the part of it, at least 1.
         seed: The run's seed.
         end: Samples of the run, each view counted; what is beyond fills up the last batch. None: without end.
         shuffle: False: position ``p`` is sample ``p``, as evaluation reads (a single epoch).
+        members: The part of the data; None: all.
     """
 
     num_samples: int
     seed: int
     end: int | None = None
     shuffle: bool = True
+    members: Members | None = None
 
     def ranged(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and epochs at positions, before the shuffle inside grains."""
@@ -64,6 +77,9 @@ class Plan:
             epoch = np.concatenate([e for _, e in grains])[cut] if grains else position
         else:
             sample, epoch = position.copy(), np.zeros_like(position)
+        if self.members is not None:
+            # Beyond the end of what is read in order there is filler, whatever it is called.
+            sample = self.members.sample_N[np.minimum(sample, self.num_samples - 1)]
         return sample, epoch
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mae_core.augment import auto_augment
 from mae_core.images import Crops, ImageError, center_crops, crop_resize, decode, random_resized_crops
 from pipelines.data.layout import Layout, make_layout
 from pipelines.data.plan import FILLER, GRAIN, RANGE, Cut, Plan
@@ -35,6 +36,7 @@ class View:
         crop_scale: Smallest and largest share of the area that a random crop covers; None: the central crop.
         flip: Mirror half of the random crops.
         crop_share: Side of the central crop over the image's shorter side.
+        auto_augment: RandAugment after a random crop, in timm's words; empty: none.
     """
 
     image_size: tuple[int, int]
@@ -43,6 +45,7 @@ class View:
     crop_scale: tuple[float, float] | None = None
     flip: bool = False
     crop_share: float = 0.875
+    auto_augment: str = ""
 
     def crops(
         self, height_B: np.ndarray, width_B: np.ndarray, epoch_B: np.ndarray, sample_B: np.ndarray, repeat: int
@@ -288,6 +291,9 @@ def _decode_views(
         for row, image, box, is_real in zip(good, decoded, crops.boxes(), real, strict=True):
             if is_real:
                 crop_resize(image, *box, out=images_RBHWC[r, row])
+                if view.auto_augment:
+                    key = view.seed, int(epoch_RB[r, row]), int(sample_RB[r, row])
+                    auto_augment(images_RBHWC[r, row], view.auto_augment, key)
                 weight_RB[r, row] = 1.0
     label_RB[sample_RB == FILLER] = -1
     return skipped

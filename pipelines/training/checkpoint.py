@@ -75,13 +75,17 @@ def snapshot(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer) -> dict
     """Copies a model's and its optimiser's state to the CPU, under the parameters' names."""
     # clone, since on a CPU there is nothing to copy and training would go on in the same memory
     model_state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.official_state(model).items()}
+    return {"model.safetensors": model_state, "optimizer.safetensors": optimizer_state(model, optimizer)}
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Copies an optimiser's state to the CPU, under ``<kind>/<parameter's name>``."""
     names = _names(model)
-    optimizer_state = {
+    return {
         f"{key}/{names[parameter]}": torch.as_tensor(value).detach().to("cpu", copy=True)
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    return {"model.safetensors": model_state, "optimizer.safetensors": optimizer_state}
 
 
 def write(
@@ -142,8 +146,16 @@ def restore(
     """
     store = checkpoints.child(folder_name(step))
     weights.load_state(model, safetensors.torch.load(store.read("model.safetensors")))
-    if optimizer is None:
-        return
+    if optimizer is not None:
+        load_optimizer(store, model, optimizer)
+
+
+def load_optimizer(store: Store, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Loads the optimiser's state of one checkpoint's folder.
+
+    Raises:
+        ValueError: Names or shapes do not fit.
+    """
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in safetensors.torch.load(store.read("optimizer.safetensors")).items():
         kind, name = key.split("/", 1)

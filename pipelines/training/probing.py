@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,6 +39,19 @@ class Features:
     sample_N: np.ndarray
 
 
+class Look(Protocol):
+    """Something that makes features of images whose sample ids it is told."""
+
+    @property
+    def width(self) -> int:
+        """D."""
+        ...
+
+    def look(self, images_BCHW: torch.Tensor, sample_B: np.ndarray) -> torch.Tensor:
+        """Features [B, D]."""
+        ...
+
+
 @dataclass
 class Prober:
     """Extracts features with all workers and scores them on rank 0.
@@ -59,7 +73,7 @@ class Prober:
     @torch.inference_mode()
     def extract(
         self,
-        models: Sequence[MaskedAutoencoder],
+        models: "Sequence[MaskedAutoencoder | Look]",
         manifest: Manifest,
         limit: int = 0,
         when_read: Callable[[], None] | None = None,
@@ -67,7 +81,7 @@ class Prober:
         """Encodes whole images of a data set, read once for all models; rank 0 gets the features, the others None.
 
         Args:
-            models: The models, not wrapped.
+            models: The models, not wrapped, or what looks at images in another way.
             manifest: The data.
             limit: Take that many images, spread over the data set; 0: all.
             when_read: Called on every worker when nothing is being read any more.
@@ -93,7 +107,11 @@ class Prober:
             images_BCHW = normalize(images_BHWC, config.data.mean, config.data.std)
             with self.autocast():
                 for model, part in zip(models, features, strict=True):
-                    part[here] = model.features(images_BCHW, config.probe.pool)
+                    part[here] = (
+                        model.features(images_BCHW, config.probe.pool)
+                        if isinstance(model, MaskedAutoencoder)
+                        else model.look(images_BCHW, batch.sample_B)
+                    )
             self.skipped += batch.skipped
             labels[here] = torch.from_numpy(batch.label_B.copy())
             # an image that could not be read is left out like filler

@@ -2,10 +2,10 @@
 
 import pytest
 
-from pipelines.cli import flag_names, load_toml
+from pipelines.cli import flag_names, load_toml, to_toml
 from pipelines.config import Config, flat, identity, identity_hash, total_steps
 from pipelines.errors import UserError
-from pipelines.pretrain import read_config, resolve, to_toml
+from pipelines.pretrain import read_config, resolve
 
 
 def write(path, text):
@@ -24,7 +24,7 @@ def test_flags_go_over_the_file(tmp_path):
 
 def test_the_resolved_configuration_can_be_fed_back(tmp_path):
     config = resolve(read_config(["--data.train", "shards", "--run.name", 'a-"b'.replace('"', ""), "--data.no-flip"]))
-    assert load_toml(Config, write(tmp_path / "back.toml", to_toml(config))) == config
+    assert load_toml(Config, write(tmp_path / "back.toml", to_toml(config, "title"))) == config
     assert config.data.train.startswith("/")
     assert config.run.storage.startswith("/")
 

@@ -15,7 +15,8 @@ from benchmarks.nodes import FAST_HEALTH_CHECKS, cluster, wait_until
 from pipelines.config import Config, Scale, identity
 from pipelines.data.plan import Plan
 from pipelines.errors import UserError
-from pipelines.pretrain import check_resources, main, read_config
+from pipelines.pretrain import main, read_config
+from pipelines.training.launch import check_resources
 
 ROOT = Path(__file__).parents[2]
 GLOBAL_SIZE = 36  # not divisible by four workers' micro-batches: some rows are filler
@@ -234,6 +235,9 @@ def test_min_workers_is_checked_and_no_part_of_a_run():
 
 
 def test_an_elastic_run_leaves_room_for_reading(ray_local):
+    def check(config):
+        check_resources(config.scale, config.data.cpus_per_task)
+
     flags = [
         "--scale.workers",
         "2",
@@ -244,7 +248,7 @@ def test_an_elastic_run_leaves_room_for_reading(ray_local):
         "--scale.cpus-per-worker",
     ]
     with pytest.raises(UserError, match=r"2 workers with 1 CPUs each .* of the 2 CPUs .*cpus_per_worker to 0\.75"):
-        check_resources(read_config([*flags, "1"]))
-    check_resources(read_config([*flags, "0.75"]))
+        check(read_config([*flags, "1"]))
+    check(read_config([*flags, "0.75"]))
     # two workers are all that there will be, however many fit
-    check_resources(read_config([*flags, "0.1"]))
+    check(read_config([*flags, "0.1"]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines.data.layout import Layout, make_layout
-from pipelines.data.plan import FILLER, GRAIN, Cut, Plan
+from pipelines.data.plan import FILLER, GRAIN, Cut, Members, Plan
 from pipelines.data.readers import Stream, View, locate
 from pipelines.data.shards import Manifest
 
@@ -187,3 +187,17 @@ def test_a_billion_samples_in_100_000_shards():
     assert max(costs) < 5
     assert tracemalloc.get_traced_memory()[1] < 2 << 30
     tracemalloc.stop()
+
+
+def test_a_part_of_the_data_is_passed_through_like_a_whole():
+    ids = np.flatnonzero(np.arange(1000) % 7 != 3)
+    plan = Plan(len(ids), seed=5, members=Members(ids))
+    for epoch in range(3):
+        sample, epochs = plan.samples(epoch * len(ids), (epoch + 1) * len(ids))
+        assert sorted(sample) == ids.tolist()
+        assert set(epochs) == {epoch}
+    in_order = Plan(len(ids), seed=0, end=len(ids), shuffle=False, members=Members(ids))
+    cut = Cut(64, 64, 1)
+    seen = np.concatenate([cut.micro_batch(in_order, index)[1] for index in range(-(-len(ids) // 64))])
+    assert seen[seen >= 0].tolist() == ids.tolist()
+    assert (seen < 0).sum() == -len(ids) % 64

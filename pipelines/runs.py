@@ -1,0 +1,96 @@
+"""Runs that are there already: their folder, their configuration, and the encoder that they have come to."""
+
+import difflib
+import re
+from collections.abc import Callable
+
+import pydantic
+
+from mae_core.model import MaskedAutoencoder
+from pipelines.config import Config
+from pipelines.errors import UserError
+from pipelines.storage import Store, absolute
+from pipelines.training import checkpoint
+from pipelines.training.build import build_model
+
+CONFIG = "config.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MOST_TOLD = 5
+
+
+def find_run(storage: str, name: str) -> Store:
+    """The folder of a run.
+
+    Args:
+        storage: Folder or address that holds the runs.
+        name: The run's name.
+
+    Raises:
+        UserError: There is no such run; the text lists those with a similar name.
+    """
+    runs = Store(absolute(storage))
+    if _NAME.fullmatch(name) and runs.child(name).exists(CONFIG):
+        return runs.child(name)
+    names = [other for other in runs.names() if _NAME.fullmatch(other)]
+    near = [other for other in difflib.get_close_matches(name, names, n=20, cutoff=0.5) if _is_run(runs, other)]
+    if near:
+        found = f"did you mean {', '.join(near[:_MOST_TOLD])}?"
+    else:
+        some = [other for other in names if _is_run(runs, other)]
+        found = f"it holds {', '.join(some[:_MOST_TOLD]) or 'no run at all'}{', ...' if len(some) > _MOST_TOLD else ''}"
+    raise UserError(f"no run '{name}' in {runs.shown()}: {found}")
+
+
+def run_config(store: Store) -> Config:
+    """The resolved configuration of a run.
+
+    Args:
+        store: The run's folder.
+
+    Raises:
+        UserError: There is none, or it is not one that this version reads.
+    """
+    try:
+        return Config.model_validate_json(store.read(CONFIG))
+    except FileNotFoundError:
+        raise UserError(f"{store.shown()} is no run: there is no {CONFIG}") from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        told = f"{where}: {first['msg']}" if where else first["msg"]
+        raise UserError(f"{store.shown(CONFIG)} is no configuration of this version: {told}") from None
+
+
+def load_encoder(store: Store, config: Config, warn: Callable[[str], None]) -> tuple[MaskedAutoencoder, int]:
+    """The model of a run's newest whole checkpoint, encoder and decoder, on the current default device.
+
+    Args:
+        store: The run's folder.
+        config: Its configuration, from ``run_config``.
+        warn: Takes a line for each broken checkpoint that is passed over.
+
+    Returns:
+        The model in evaluation mode, and the optimiser steps that it has done.
+
+    Raises:
+        UserError: The run has no whole checkpoint, or one that does not fit its configuration.
+    """
+    checkpoints = store.child("checkpoints")
+    step = checkpoint.newest_whole(checkpoints, warn)
+    if step is None:
+        broken = len(checkpoint.steps(checkpoints))
+        found = f"none of its {broken} is whole" if broken else "none has been written yet"
+        raise UserError(
+            f"the run in {store.shown()} has no whole checkpoint ({found}): let it train on, then try again"
+        )
+    model = build_model(config)
+    try:
+        checkpoint.restore(checkpoints, step, model)
+    except ValueError as error:
+        name = checkpoints.shown(checkpoint.folder_name(step))
+        raise UserError(f"{name} does not fit the run's {CONFIG}: {error}") from None
+    return model.eval(), step
+
+
+def _is_run(runs: Store, name: str) -> bool:
+    return runs.child(name).exists(CONFIG)

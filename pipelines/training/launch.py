@@ -1,0 +1,111 @@
+"""Starts a run's workers, where there is room for them."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from pipelines.config import Scale
+from pipelines.console import Printer
+from pipelines.errors import UserError
+from pipelines.storage import Store
+
+
+def check_resources(scale: Scale, reading: float) -> None:
+    """Holds what the run asks for against what this machine has.
+
+    Args:
+        scale: What it asks for.
+        reading: CPUs that one reading task claims.
+
+    Raises:
+        UserError: It can never be met.
+    """
+    have = ray.cluster_resources()
+    if scale.min_workers:
+        _check_room_for_reading(scale, reading)
+    cpus = have.get("CPU", 0)
+    wanted = scale.workers * scale.cpus_per_worker
+    if scale.address or os.environ.get("RAY_ADDRESS"):
+        # A cluster may still grow: Ray waits for what is missing.
+        gpus = f" and {scale.workers} GPUs" if scale.gpu else ""
+        if wanted + reading > cpus or (scale.gpu and scale.workers > have.get("GPU", 0)):
+            print(
+                f"waiting for the cluster to grow: the run needs {wanted + reading:g} CPUs{gpus}, "
+                f"there are {cpus:g} and {have.get('GPU', 0):g}",
+                flush=True,
+            )
+        return
+    if wanted + reading > cpus:
+        share = max(0.0, (cpus - reading) / scale.workers)
+        raise UserError(
+            f"{scale.workers} workers with {scale.cpus_per_worker:g} CPUs each and {reading:g} for "
+            f"reading data are more than the {cpus:g} CPUs there are: lower scale.workers, or set "
+            f"scale.cpus_per_worker to {share:.2g} or less"
+        )
+    if scale.gpu and scale.workers > have.get("GPU", 0):
+        raise UserError(
+            f"scale.gpu asks for {scale.workers} GPUs, one for each worker; there are {have.get('GPU', 0):g}"
+        )
+
+
+def _check_room_for_reading(scale: Scale, reading: float) -> None:
+    """Sees that workers never fill a node: an elastic run starts as many as fit, and then nobody could read for them.
+
+    Raises:
+        UserError: They can.
+    """
+    for node in ray.nodes():
+        cpus = node["Resources"].get("CPU", 0.0) if node["Alive"] else 0.0
+        gpus = node["Resources"].get("GPU", 0.0) if scale.gpu else scale.workers
+        # Ray counts in ten-thousandths.
+        fit = min(int(cpus / scale.cpus_per_worker + 1e-4), int(gpus), scale.workers)
+        if fit and cpus - fit * scale.cpus_per_worker < reading - 1e-4:
+            share = int(100 * (cpus - reading) / fit) / 100
+            raise UserError(
+                f"scale.min_workers needs CPUs for reading beside the workers on every node: {fit} workers with "
+                f"{scale.cpus_per_worker:g} CPUs each do not leave data.cpus_per_task, {reading:g}, of the {cpus:g} "
+                f"CPUs of {node['NodeManagerAddress']}; set scale.cpus_per_worker to {max(0.0, share):g}"
+            )
+
+
+def run_workers(worker: Callable[[], None], scale: Scale, store: Store, console: Any) -> None:
+    """Runs the workers until the run has ended; lost ones are replaced.
+
+    Args:
+        worker: What each does; pickled by value.
+        scale: How many, and on what.
+        store: The run's folder.
+        console: Where they tell.
+
+    Raises:
+        ray.train.TrainingFailedError: It failed for good.
+    """
+    # Where a node has just been lost, Ray Train asks for a place there until it has heard of the loss. It asks anew
+    # each time that this has passed: 60 s by default.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    printer = Printer(console)
+    resources = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.gpu else {})}
+    try:
+        ray.train.torch.TorchTrainer(
+            worker,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=(scale.min_workers, scale.workers) if scale.min_workers else scale.workers,
+                # Looking costs one call to an actor; Ray looks for new nodes every 20 s.
+                elastic_resize_monitor_interval_s=10.0,
+                use_gpu=scale.gpu,
+                resources_per_worker=resources,
+            ),
+            # Ray Train keeps its own notes there; the checkpoints are ours (training/checkpoint.py).
+            run_config=ray.train.RunConfig(
+                name="ray-train",
+                storage_path=store.location,
+                failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        ).fit()
+    finally:
+        printer.stop()

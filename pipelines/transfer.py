@@ -1,0 +1,377 @@
+"""Scores a pretrained encoder on labelled images, and notes the score on its pretraining run.
+
+    python -m pipelines.transfer --run cells --protocol linear-fast --data.train cells/train --data.test cells/test
+    python -m pipelines.transfer --weights mae.pth --protocol finetune --data.train cells/train --data.test ...
+
+The same command again continues a transfer that was stopped; a finished one says its result.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mae_core import weights
+from mae_core.augment import check_policy
+from mae_core.classifier import Classifier, freeze
+from mae_core.sheets import confusion_picture
+from pipelines import provenance
+from pipelines.cli import parse_with_file
+from pipelines.config import Config, flat
+from pipelines.console import Console
+from pipelines.data.shards import Manifest, load_manifest
+from pipelines.errors import UserError, run_command
+from pipelines.plots import Point, draw_scores
+from pipelines.ray_session import connect
+from pipelines.runs import find_run, load_encoder, run_config
+from pipelines.spool import Spool
+from pipelines.storage import Store, absolute
+from pipelines.tracking import DatasetInput, RunDescription, RunRecord, create_run, resolve_tracking_uri, send
+from pipelines.training.build import build_model
+from pipelines.training.launch import check_resources, run_workers
+from pipelines.training.runfolder import RunFolder
+from pipelines.training.transfer import TransferJob, transfer_worker
+from pipelines.transfer_config import (
+    Protocol,
+    Transfer,
+    TransferData,
+    TransferTrain,
+    dataset_name,
+    recipe,
+    score_name,
+    units,
+)
+
+PROG = "python -m pipelines.transfer"
+_PROTOCOLS: tuple[str, ...] = Protocol.__args__  # type: ignore[attr-defined]
+
+
+def read_transfer(argv: Sequence[str] | None = None) -> Transfer:
+    """The protocol's recipe, overridden by ``--config FILE``, overridden by flags; every path absolute.
+
+    Raises:
+        UserError: An unknown key or flag, a value that does not fit, or something that is missing.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    asked = "linear-fast"
+    for before, argument in itertools.pairwise(["", *arguments]):
+        if before == "--protocol":
+            asked = argument
+        elif argument.startswith("--protocol="):
+            asked = argument.partition("=")[2]
+    if asked not in _PROTOCOLS:
+        near = difflib.get_close_matches(asked, _PROTOCOLS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(_PROTOCOLS)}"
+        raise UserError(f"--protocol {asked} is unknown: {hint}")
+    values = recipe(asked)
+    default = Transfer(
+        protocol=values["protocol"], data=TransferData(**values["data"]), train=TransferTrain(**values["train"])
+    )
+    transfer = parse_with_file(Transfer, prog=PROG, argv=arguments, default=default)
+    if bool(transfer.run) == bool(transfer.weights):
+        raise UserError(f"give either --run NAME or --weights FILE (see {PROG} --help)")
+    if not transfer.data.train or not transfer.data.test:
+        raise UserError(f"give labelled shards with --data.train and --data.test (see {PROG} --help)")
+    values = transfer.model_dump()
+    values["storage"] = absolute(transfer.storage)
+    for key in ("train", "test"):
+        values["data"][key] = absolute(values["data"][key])
+    if transfer.weights:
+        values["weights"] = absolute(transfer.weights)
+    return Transfer.model_validate(values)
+
+
+def check_labels(train: Manifest, test: Manifest) -> None:
+    """Sees that the test images' classes are known to the training images.
+
+    Raises:
+        UserError: They are not, or there are no labels.
+    """
+    for name, manifest in (("data.train", train), ("data.test", test)):
+        if not manifest.classes:
+            raise UserError(f"{name}: the shards in {manifest.location} have no labels, and a transfer needs them")
+    if train.classes[: len(test.classes)] != test.classes:
+        missing = sorted(set(test.classes) - set(train.classes))
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"data.test has the class {missing[0]!r}{more}, which data.train lacks")
+        raise UserError("data.train and data.test number the same classes differently: pack both from the same folders")
+
+
+def source(transfer: Transfer) -> tuple[Store | None, Config, dict[str, torch.Tensor], int]:
+    """The encoder that is scored: its run's folder (None: of a file), configuration, weights and step.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    if transfer.run:
+        store = find_run(transfer.storage, transfer.run)
+        config = run_config(store)
+        model, step = load_encoder(store, config, lambda line: print(f"warning: {line}", file=sys.stderr))
+        return store, config, weights.official_state(model), step
+    if not Path(transfer.weights).is_file():
+        raise UserError(f"--weights: no file '{transfer.weights}'")
+    try:
+        model = weights.load_official(transfer.weights)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--weights: {error}") from None
+    return None, _config_of(model), weights.official_state(model), 0
+
+
+def _config_of(model: Any) -> Config:
+    """The configuration of a model that came as a file."""
+    grey = model.channels == 1
+    base = Config()
+    values = base.model_dump()
+    values["data"] |= {"image_size": model.image_size, "channels": model.channels}
+    if grey:
+        values["data"] |= {"mean": (0.5,), "std": (0.5,)}
+    values["model"] |= {
+        "patch_size": model.patch_size,
+        "width": model.width,
+        "depth": len(model.encoder.blocks),
+        "heads": model.num_heads,
+        "decoder_width": model.decoder_embed.out_features,
+        "decoder_depth": len(model.decoder_blocks),
+        "decoder_heads": model.decoder_heads,
+    }
+    return Config.model_validate(values)
+
+
+def check_classifier(transfer: Transfer, config: Config, num_classes: int) -> None:
+    """Builds the classifier's shapes without its memory.
+
+    Raises:
+        UserError: Image size or blocks do not fit the encoder.
+    """
+    size = transfer.data.image_size if min(transfer.data.image_size) > 0 else config.data.image_size
+    try:
+        with torch.device("meta"):
+            model = Classifier(build_model(config), num_classes, image_size=size)
+            if transfer.protocol == "partial":
+                freeze(model, transfer.blocks[0])
+        if transfer.data.auto_augment:
+            check_policy(transfer.data.auto_augment)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def identity(transfer: Transfer, step: int, digests: dict[str, str]) -> dict[str, Any]:
+    """What defines the result of a transfer: the same identity, the same score."""
+    skipped = ("run", "weights", "storage", "log_every", "checkpoint_minutes", "experiment", "scale.", "data.name")
+    skipped += ("data.train", "data.test", "data.deadline_s", "data.cpus_per_task")
+    values = {key: value for key, value in flat(transfer).items() if not key.startswith(skipped)}
+    return json.loads(json.dumps(values | digests | {"step": step}))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    transfer = read_transfer(argv)
+    parent, config, state, step = source(transfer)
+    data = load_manifest(transfer.data.train), load_manifest(transfer.data.test)
+    check_labels(*data)
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    asked = units(transfer, depth)
+    for unit in asked:
+        check_classifier(unit, config, len(data[0].classes))
+    above = parent or Store(transfer.storage).child(f"weights-{Path(transfer.weights).stem}")
+    digests = {"train": data[0].digest, "test": data[1].digest}
+    if transfer.weights:
+        digests["weights"] = hashlib.sha256(Path(transfer.weights).read_bytes()).hexdigest()
+    scored: list[tuple[Transfer, dict[str, Any]]] = []
+    with contextlib.ExitStack() as stack:
+        for unit in asked:
+            began = time.perf_counter()
+            values = identity(unit, step, digests)
+            digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+            store = above.child("transfer").child(f"{dataset_name(unit)}-{score_name(unit)}-{digest}")
+            if store.exists("result.json"):
+                print(f"{score_name(unit)} has finished already; nothing to do")
+            else:
+                if not ray.is_initialized():
+                    stack.enter_context(connect(address=transfer.scale.address))
+                    check_resources(transfer.scale, transfer.data.cpus_per_task)
+                _run(unit, config, state, data, parent, store, values)
+            result = json.loads(store.read("result.json"))
+            note_on_parent(unit, parent, result)
+            print(told(unit, result, store, time.perf_counter() - began), flush=True)
+            scored.append((unit, result))
+    if len(asked) > 1:
+        print(f"\nplot       {plot(transfer, parent, above, scored)}")
+    return 0
+
+
+def plot(transfer: Transfer, parent: Store | None, above: Store, scored: list[tuple[Transfer, dict[str, Any]]]) -> str:
+    """Draws the scores over what was varied, for the pretraining run's record too; returns the picture's path."""
+    varied = {
+        "labels": lambda unit: unit.data.label_fraction[0],
+        "visible": lambda unit: unit.visible[0],
+        "blocks": lambda unit: inf if unit.protocol in ("finetune", "scratch") else unit.blocks[0],
+    }
+    titles = {"labels": "share of the labels", "visible": "share of visible patches", "blocks": "blocks that train"}
+    name = next((name for name, of in varied.items() if len({of(unit) for unit, _ in scored}) > 1), "blocks")
+    lines: dict[str, list[Point]] = {}
+    for unit, result in scored:
+        x, scores = varied[name](unit), result["scores"]
+        line = "from scratch" if unit.protocol == "scratch" else transfer.protocol
+        point = Point(x, "all" if x == inf else f"{x:g}", scores["test/top1"], scores["test/top1_interval"],
+                      scores["time/train_s"] if scores["train/flops"] else 0.0, scores["train/flops"])  # fmt: skip
+        lines.setdefault(line, []).append(point)
+    title = f"{transfer.run or Path(transfer.weights).stem} on {dataset_name(transfer)}"
+    file = f"transfer-{dataset_name(transfer)}-{transfer.protocol}-{name}.png"
+    with tempfile.TemporaryDirectory() as folder:
+        draw_scores(lines, titles[name], title, Path(folder) / file)
+        picture = (Path(folder) / file).read_bytes()
+    above.write(f"pictures/{file}", picture)
+    if parent is not None and parent.exists("result.json"):
+        record = RunFolder(parent)
+        (record.path / "pictures").mkdir(exist_ok=True)
+        (record.path / "pictures" / file).write_bytes(picture)
+        spool = Spool(record.path)
+        spool.artifact(f"pictures/{file}", "transfer")
+        spool.close()
+        send(record.path, timeout_s=30.0)
+        record.push()
+    return above.path(f"pictures/{file}")
+
+
+def _run(
+    transfer: Transfer,
+    config: Config,
+    state: dict[str, torch.Tensor],
+    data: tuple[Manifest, Manifest],
+    parent: Store | None,
+    store: Store,
+    values: dict[str, Any],
+) -> None:
+    """Learns and scores, with its record.
+
+    Raises:
+        UserError: It failed by what the user can mend.
+        RuntimeError: It failed otherwise.
+    """
+    train, test = data
+    store.write("config.json", transfer.model_dump_json(indent=2) + "\n")
+    store.write("identity.json", json.dumps(values, indent=2))
+    folder = RunFolder(store)
+    uri = resolve_tracking_uri(transfer.storage)
+    create_run(folder.path, describe(transfer, data, parent), tracking_uri=uri)
+    folder.push()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    console: Any = Console.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    # Large ones do not fit into what travels with a function.
+    job = TransferJob(transfer, config, ray.put(state), train, test, store, console)
+    print(f"{score_name(transfer)}: {train.num_samples:,} images to learn from, {test.num_samples:,} to test on")
+    error = ""
+    try:
+        run_workers(lambda: transfer_worker(job), transfer.scale, store, console)
+    except ray.train.TrainingFailedError as failed:
+        error = str(failed).strip().splitlines()[-1]
+    failure = ray.get(console.failure.remote())
+    if failure or error:
+        with contextlib.suppress(OSError):
+            Spool(folder.path).status("FAILED")
+            send(folder.path, timeout_s=10.0)
+            folder.push()
+        if failure and failure[1]:
+            raise UserError(failure[0])
+        raise RuntimeError(f"the transfer failed: {failure[0] if failure else error}")
+    result = json.loads(store.read("result.json"))
+    folder = RunFolder(store)
+    confusion_CC = torch.tensor(result["confusion"])
+    spool = Spool(folder.path)
+    if 2 <= len(train.classes) <= 100:
+        picture = folder.path / "confusion.png"
+        confusion_picture(confusion_CC, train.classes).save(picture)
+        spool.artifact(picture.name)
+        store.write(picture.name, picture.read_bytes())
+    left = send(folder.path, timeout_s=30.0)
+    folder.push()
+    if left.left:
+        print(f"{left.left} lines of the record are not in MLflow yet: {left.problem}", file=sys.stderr)
+
+
+def describe(transfer: Transfer, data: tuple[Manifest, Manifest], parent: Store | None) -> RunDescription:
+    """What MLflow is told: a child of the pretraining run."""
+    record = RunRecord.read(RunFolder(parent).path) if parent is not None and parent.exists("run.json") else None
+    return RunDescription(
+        experiment=record.experiment if record else transfer.experiment,
+        name=f"{transfer.run or Path(transfer.weights).stem} {dataset_name(transfer)} {score_name(transfer)}",
+        params=flat(transfer),
+        tags={"mae.kind": "transfer", "mae.pretraining": transfer.run or transfer.weights, **provenance.tags()},
+        datasets=tuple(
+            DatasetInput(
+                name=name,
+                digest=manifest.digest,
+                source=manifest.location,
+                num_samples=manifest.num_samples,
+                context=name,
+            )
+            for name, manifest in zip(("train", "test"), data, strict=True)
+        ),
+        parent_run_id=record.mlflow_run_id if record else None,
+    )
+
+
+def note_on_parent(transfer: Transfer, parent: Store | None, result: dict[str, Any]) -> None:
+    """Writes the score on the pretraining run, where the MLflow UI compares runs by it; once for each result."""
+    if parent is None:
+        return
+    if not parent.exists("result.json"):
+        print("the pretraining run has not finished: the score stands on the transfer's own run only")
+        return
+    key = f"transfer/{dataset_name(transfer)}/{score_name(transfer)}_top1"
+    folder, value = RunFolder(parent), result["scores"]["test/top1"]
+    noted = [
+        (line["step"], line["metrics"][key])
+        for line in folder.read_lines("metrics.jsonl")
+        if key in line.get("metrics", {})
+    ]
+    if noted and noted[-1][1] == value:
+        return
+    spool = Spool(folder.path)
+    # A point at a step that there is already would be dropped.
+    spool.metrics(max([step + 1 for step, _ in noted], default=0), {key: value})
+    spool.close()
+    left = send(folder.path, timeout_s=30.0)
+    folder.push()
+    if left.left:
+        print(
+            f"the score is not in MLflow yet ({left.problem}): python -m pipelines.sync {transfer.run}", file=sys.stderr
+        )
+
+
+def told(transfer: Transfer, result: dict[str, Any], store: Store, seconds: float) -> str:
+    """What a person wants to know at the end."""
+    scores = result["scores"]
+    half = scores["test/top1_interval"]
+    spread = f" +- {half:.2f} (95 % interval over {len(result['seeds'])} seeds)" if half is not None else ""
+    lines = [
+        "",
+        f"{score_name(transfer)} of {transfer.run or transfer.weights} on {dataset_name(transfer)}, in {seconds:.0f} s",
+        f"  validation {scores['val/top1']:.2f} %",
+        f"  test       {scores['test/top1']:.2f} %{spread}; the test images were read once",
+    ]
+    if scores["train/flops"]:
+        lines.append(f"  training   {scores['time/train_s']:.0f} s, {scores['train/flops'] / 1e15:.3g} PFLOP a seed")
+    if result["unreadable"]:
+        lines.append(f"  {result['unreadable']} images could not be read")
+    lines.append(f"  {store.location}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,233 @@
+"""The configuration of a transfer: what is scored, by which protocol, on which labelled images.
+
+Each protocol has a recipe of its own (the paper, appendix A.1, tables 9 and 10, and the official code where it
+differs); flags go over it.
+"""
+
+import re
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from pipelines.config import SEED_LIMIT, Scale, Section
+
+Protocol = Literal["knn", "linear-fast", "linear", "partial", "finetune", "scratch"]
+CACHED: tuple[Protocol, ...] = ("knn", "linear-fast")
+"""Protocols on features that are computed once."""
+
+
+class TransferData(Section):
+    """Labelled images."""
+
+    train: str = ""
+    """Labelled shards to learn from."""
+    test: str = ""
+    """Labelled shards that are read once, at the end."""
+    name: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
+    """The data set's name in the record; empty: of the folder that holds data.train."""
+    image_size: tuple[int, int] = (0, 0)
+    """Height and width in pixels; 0 0: as in pretraining. The position table is resampled to another."""
+    val_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of data.train that is held out for choosing."""
+    label_fraction: tuple[float, ...] = (1.0,)
+    """Share of the other images of data.train that is learned from; several: one transfer for each, and a plot."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area that a training crop covers."""
+    flip: bool = True
+    """Mirror half of the training crops."""
+    auto_augment: str = ""
+    """RandAugment in timm's words, as rand-m9-mstd0.5-inc1; empty: none."""
+    crop_share: float = Field(default=0.875, gt=0, le=1)
+    """Side of the central crop over the image's shorter side, for validation and test."""
+    deadline_s: float = Field(default=300.0, gt=0)
+    """How long a store may fail to give a range of a shard before the transfer stops."""
+    cpus_per_task: float = Field(default=0.66, gt=0)
+    """CPUs that one reading and decoding task claims from Ray."""
+
+
+class TransferTrain(Section):
+    """How the classifier learns."""
+
+    epochs: float = Field(default=100.0, gt=0)
+    """Passes over the training images."""
+    global_size: int = Field(default=1024, gt=0)
+    """Images an optimiser step, over all workers."""
+    micro_size: int = Field(default=64, gt=0)
+    """Largest number of images that a worker takes at once; even where mixup or cutmix is on."""
+    optimizer: Literal["adamw", "lars"] = "adamw"
+    """lars: as in the paper's linear probe."""
+    base_lr: float = Field(default=1e-3, gt=0)
+    """Learning rate for 256 images a step; it scales with the global batch."""
+    warmup_epochs: float = Field(default=5.0, ge=0)
+    """Epochs over which the learning rate rises from 0."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Decay of the weights, not of biases and one-dimensional parameters."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor of the learning rate from each layer to the one below."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Drop path rate of the last block."""
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Label smoothing."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Mixup's alpha; 0: none."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """CutMix's alpha; 0: none."""
+    erasing: float = Field(default=0.0, ge=0, le=1)
+    """Probability of random erasing."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on a GPU, float32 on a CPU."""
+
+
+class Transfer(Section):
+    """Scores a pretrained encoder on labelled images; the score stands on the pretraining run.
+
+    Protocols: knn (nearest neighbours), linear-fast (a linear classifier on cached features, at ten learning rates),
+    linear (the paper's linear probe), partial (the last --blocks train), finetune (everything), scratch (everything,
+    from random weights).
+    """
+
+    run: str = ""
+    """The pretraining run whose encoder is scored."""
+    weights: str = ""
+    """Or a file: an official MAE checkpoint (.pth) or a model.safetensors."""
+    storage: str = "runs"
+    """Folder or s3:// address that holds the runs."""
+    protocol: Protocol = "linear-fast"
+    """What is trained, and how."""
+    blocks: tuple[float, ...] = (4.0,)
+    """Of protocol partial: the last blocks that train; 0: the head alone, 0.5: the MLP of the last block. Several: one
+    transfer for each, and a plot."""
+    sweep: bool = False
+    """Of protocol partial: 0, 0.5, 1, 2, 4, ... blocks and everything: the paper's figure 9."""
+    visible: tuple[float, ...] = (1.0,)
+    """Of protocols knn and linear-fast: share of the patches that the encoder sees. Several: a plot."""
+    against_scratch: bool = False
+    """Of protocol finetune: also from random weights, without layer decay and else alike."""
+    seeds: tuple[int, ...] = (0,)
+    """One training for each; the score is their mean."""
+    pool: Literal["mean", "cls"] = "mean"
+    """Features: the mean of the patch tokens, or the class token."""
+    knn_k: int = Field(default=20, gt=0)
+    """Neighbours that vote."""
+    log_every: int = Field(default=20, gt=0)
+    """Steps between two progress lines."""
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
+    """Minutes between checkpoints."""
+    experiment: str = "mae-on-ray"
+    """MLflow experiment, where there is no pretraining run."""
+    data: TransferData = TransferData()
+    train: TransferTrain = TransferTrain()
+    scale: Scale = Scale()
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "Transfer":
+        if (
+            not self.seeds
+            or len(set(self.seeds)) != len(self.seeds)
+            or not all(0 <= s < SEED_LIMIT for s in self.seeds)
+        ):
+            raise ValueError(f"seeds must be different numbers from 0 on, found {self.seeds}")
+        for name, shares in (("visible", self.visible), ("data.label_fraction", self.data.label_fraction)):
+            if not shares or not all(0 < share <= 1 for share in shares):
+                raise ValueError(f"{name} takes shares above 0 and up to 1, found {shares}")
+        if not self.blocks or min(self.blocks) < 0:
+            raise ValueError(f"blocks takes numbers from 0 on, found {self.blocks}")
+        if self.visible != (1.0,) and self.protocol not in CACHED:
+            raise ValueError(f"visible is for the protocols {' and '.join(CACHED)}, not for {self.protocol}")
+        if self.sweep and self.protocol != "partial":
+            raise ValueError(f"sweep is for the protocol partial, not for {self.protocol}")
+        if self.against_scratch and self.protocol != "finetune":
+            raise ValueError(f"against_scratch is for the protocol finetune, not for {self.protocol}")
+        if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1] <= 1:
+            raise ValueError(f"data.crop_scale must rise within (0, 1], found {self.data.crop_scale}")
+        if not all(0 <= beta < 1 for beta in self.train.betas):
+            raise ValueError(f"train.betas must lie in [0, 1), found {self.train.betas}")
+        if (self.train.mixup or self.train.cutmix) and self.train.micro_size % 2:
+            raise ValueError(f"train.micro_size must be even for mixup and cutmix, found {self.train.micro_size}")
+        return self
+
+
+_LINEAR: dict[str, Any] = {
+    "epochs": 90.0,
+    "global_size": 16384,
+    "optimizer": "lars",
+    "base_lr": 0.1,
+    "warmup_epochs": 10.0,
+    "weight_decay": 0.0,
+}
+_FINETUNE: dict[str, Any] = {
+    "epochs": 100.0,
+    "global_size": 1024,
+    "base_lr": 5e-4,
+    "layer_decay": 0.65,
+    "drop_path": 0.1,
+    "smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "erasing": 0.25,
+}
+_SCRATCH: dict[str, Any] = {
+    **_FINETUNE,
+    "epochs": 300.0,
+    "global_size": 4096,
+    "base_lr": 1e-4,
+    "warmup_epochs": 20.0,
+    "weight_decay": 0.3,
+    "betas": (0.9, 0.95),
+    "layer_decay": 1.0,
+}
+_AUGMENT = "rand-m9-mstd0.5-inc1"
+
+
+def recipe(protocol: str) -> dict[str, Any]:
+    """The values of a protocol that differ from the schema's own: the paper's recipe."""
+    train = {"linear": _LINEAR, "partial": _FINETUNE, "finetune": _FINETUNE, "scratch": _SCRATCH}.get(protocol, {})
+    augment = {"auto_augment": _AUGMENT} if protocol in ("partial", "finetune", "scratch") else {}
+    return {"protocol": protocol, "train": train, "data": augment}
+
+
+def dataset_name(config: Transfer) -> str:
+    """The data set's name in the record."""
+    if config.data.name:
+        return config.data.name
+    parts = [part for part in re.split(r"[/:]+", config.data.train) if part and ".tar" not in part]
+    while len(parts) > 1 and parts[-1].lower() in ("train", "training", "shards"):
+        parts.pop()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", parts[-1]) if parts else "data"
+
+
+def score_name(unit: Transfer) -> str:
+    """What a score is called: the protocol and what changes its meaning."""
+    blocks = f"_{unit.blocks[0]:g}" if unit.protocol == "partial" else ""
+    visible = f"_visible_{unit.visible[0]:g}" if unit.visible[0] < 1 else ""
+    fraction = f"_labels_{unit.data.label_fraction[0]:g}" if unit.data.label_fraction[0] < 1 else ""
+    return unit.protocol.replace("-", "_") + blocks + visible + fraction
+
+
+def units(transfer: Transfer, depth: int) -> list[Transfer]:
+    """The single transfers that one command asks for: each with one number of blocks, one share, one fraction.
+
+    Args:
+        transfer: What is asked for.
+        depth: Blocks of the encoder.
+    """
+    blocks = transfer.blocks if transfer.protocol == "partial" else transfer.blocks[:1]
+    if transfer.sweep:
+        blocks = (0.0, 0.5, *(float(2**n) for n in range(depth.bit_length()) if 2**n < depth), float(depth))
+    found: list[dict[str, Any]] = []
+    for fraction in transfer.data.label_fraction:
+        for share in transfer.visible:
+            for number in blocks:
+                values = transfer.model_dump() | {"blocks": (number,), "visible": (share,), "sweep": False}
+                values |= {"data": values["data"] | {"label_fraction": (fraction,)}, "against_scratch": False}
+                found.append(values)
+        # Everything: also the embedding, which is no block.
+        found += [found[-1] | {"protocol": "finetune"}] * transfer.sweep
+        alone = found[-1]
+        found += [
+            alone | {"protocol": "scratch", "train": alone["train"] | {"layer_decay": 1.0}}
+        ] * transfer.against_scratch
+    return [Transfer.model_validate(values) for values in found]

@@ -1,0 +1,276 @@
+"""Transfer of a real pretrained run: the protocols, their record, stops in the middle, wrong input."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from mae_core.classifier import Classifier
+from mae_core.model import MaskedAutoencoder
+from pipelines import pretrain
+from pipelines.config import Config
+from pipelines.data.shards import load_manifest
+from pipelines.errors import UserError
+from pipelines.training.runfolder import RunFolder
+from pipelines.training.transfer import Look, interval, summarise
+from pipelines.transfer import check_labels, main, read_transfer
+from pipelines.transfer_config import Transfer, TransferData, dataset_name, score_name, units
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+[data]
+image_size = [16, 16]
+mean = [0.5, 0.5, 0.5]
+std = [0.25, 0.25, 0.25]
+[model]
+arch = "vit_tiny_patch16_224"
+patch_size = 4
+width = 24
+depth = 2
+heads = 2
+decoder_width = 16
+decoder_depth = 1
+decoder_heads = 2
+[batch]
+global_size = 64
+micro_size = 32
+[train]
+steps = 6
+[scale]
+cpus_per_worker = 0.5
+[log]
+pictures = 0
+"""
+
+
+@pytest.fixture(scope="module")
+def pretrained(shards, tmp_path_factory):
+    """A pretraining run that has finished."""
+    root = tmp_path_factory.mktemp("transfer")
+    (root / "tiny.toml").write_text(RECIPE)
+    command = ["--config", str(root / "tiny.toml"), "--data.train", shards["train"], "--run.storage", str(root)]
+    assert pretrain.main([*command, "--run.name", "base"]) == 0
+    return root
+
+
+def arguments(root, shards, protocol, *more):
+    flags = {
+        "run": "base",
+        "storage": root,
+        "protocol": protocol,
+        "data.train": shards["train"],
+        "data.test": shards["test"],
+        "data.name": "shapes",
+        "scale.cpus-per-worker": 0.5,
+    }
+    return [part for key, value in flags.items() for part in (f"--{key}", str(value))] + list(more)
+
+
+TRAINED = ["--train.epochs", "2", "--train.global-size", "64", "--train.micro-size", "32", "--train.warmup-epochs", "1"]
+
+
+def scores(root):
+    """The transfer scores on the pretraining run."""
+    lines = RunFolder(pretrain.Store(str(root)).child("base")).read_lines("metrics.jsonl")
+    values = [line["metrics"] for line in lines if "metrics" in line]
+    return [(key, value) for each in values for key, value in each.items() if key.startswith("transfer/")]
+
+
+def result_of(root, start):
+    (folder,) = [path for path in (root / "base" / "transfer").iterdir() if path.name.startswith(start)]
+    return json.loads((folder / "result.json").read_text()), folder
+
+
+def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_local, capfd):
+    command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "2")
+    assert main(command) == 0
+    result, folder = result_of(pretrained, "shapes-linear_fast-")
+    test = [one["test"] for one in result["seeds"]]
+    assert result["scores"]["test/top1"] == pytest.approx(np.mean(test))
+    assert result["scores"]["test/top1_interval"] == pytest.approx(interval(test))
+    confusion_CC = np.array(result["confusion"])
+    assert confusion_CC.sum() == 3 * load_manifest(shards["test"]).num_samples
+    assert 100 * confusion_CC.trace() / confusion_CC.sum() == pytest.approx(np.mean(test))
+    assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    noted = ("transfer/shapes/linear_fast_top1", result["scores"]["test/top1"])
+    assert [one for one in scores(pretrained) if one[0] == noted[0]] == [noted]
+    client = MlflowClient(tracking_uri=f"sqlite:///{pretrained}/mlflow.db")
+    parent_id, child_id = (
+        json.loads((path / "run.json").read_text())["mlflow_run_id"] for path in (pretrained / "base", folder)
+    )
+    parent, child = client.get_run(parent_id), client.get_run(child_id)
+    assert child.data.tags["mlflow.parentRunId"] == parent_id
+    assert child.info.status == "FINISHED"
+    assert parent.data.metrics[noted[0]] == pytest.approx(noted[1])
+    assert parent.info.status == "FINISHED"
+    # again: nothing is done, and nothing is noted twice
+    capfd.readouterr()
+    assert main(command) == 0
+    assert "finished already" in capfd.readouterr().out
+    assert [one for one in scores(pretrained) if one[0] == noted[0]] == [noted]
+
+
+def test_fewer_visible_patches_are_scored_and_drawn(pretrained, shards, ray_local, capfd):
+    command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "--visible", "0.1", "1")
+    assert main(command) == 0
+    few, _ = result_of(pretrained, "shapes-linear_fast_visible_0.1-")
+    assert len(few["seeds"]) == 2
+    picture = pretrained / "base" / "pictures" / "transfer-shapes-linear-fast-visible.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in capfd.readouterr().out
+
+
+def test_which_patches_are_seen_is_a_function_of_seed_and_sample():
+    model = MaskedAutoencoder("vit_tiny_patch16_224", image_size=16, patch_size=4, width=24, depth=2, num_heads=2)
+    classifier = Classifier(model, 2).eval()
+    images_BCHW = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    sample_B = np.array([7, 8, 9])
+    seen = Look(classifier, 0.25, 1).look(images_BCHW, sample_B)
+    again = Look(classifier, 0.25, 1).look(images_BCHW.flip(0), sample_B[::-1].copy()).flip(0)
+    torch.testing.assert_close(again, seen)
+    for other in (
+        Look(classifier, 0.25, 2).look(images_BCHW, sample_B),
+        Look(classifier, 0.25, 1).look(images_BCHW, sample_B + 3),
+    ):
+        assert (other - seen).abs().amax(dim=1).min() > 1e-4
+    torch.testing.assert_close(Look(classifier, 1.0, 1).look(images_BCHW, sample_B), model.features(images_BCHW))
+
+
+def test_nearest_neighbours_are_those_of_the_features(pretrained, shards, ray_local):
+    assert main(arguments(pretrained, shards, "knn", "--knn-k", "3")) == 0
+    result, _ = result_of(pretrained, "shapes-knn-")
+    assert result["seeds"][0]["chosen"] == {"k": 3}
+    assert np.array(result["confusion"]).sum() == load_manifest(shards["test"]).num_samples
+
+
+def test_fine_tuning_on_two_workers_at_another_resolution(pretrained, shards, ray_local):
+    more = ["--scale.workers", "2", "--data.image-size", "24", "24", "--blocks", "1", "--data.label-fraction", "0.5"]
+    assert main(arguments(pretrained, shards, "partial", *TRAINED, *more)) == 0
+    result, _ = result_of(pretrained, "shapes-partial_1_labels_0.5-")
+    assert result["scores"]["train/flops"] > 0
+    assert np.array(result["confusion"]).sum() == load_manifest(shards["test"]).num_samples
+    assert result["unreadable"] <= 1, "one image of the fixture is truncated, and counts once"
+
+
+def test_the_papers_linear_probe_and_scratch_run(pretrained, shards, ray_local):
+    for protocol in ("linear", "scratch"):
+        assert main(arguments(pretrained, shards, protocol, *TRAINED)) == 0
+        result, _ = result_of(pretrained, f"shapes-{protocol}-")
+        assert result["seeds"][0]["chosen"]["steps"] > 4
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_a_killed_fine_tuning_ends_as_one_that_was_not(pretrained, shards, tmp_path):
+    # All augmentation on: it is a function of (seed, epoch, sample) and (seed, step), so nothing of it is lost.
+    train = [*TRAINED, "--train.epochs", "30", "--checkpoint-minutes", "0.005", "--log-every", "5"]
+    command = [sys.executable, "-m", "pipelines.transfer", *arguments(pretrained, shards, "finetune", *train)]
+    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = pretrained / "base" / "transfer"
+
+    def checkpoints():
+        return list(folder.glob("shapes-finetune-*/seed-0/checkpoints/*/manifest.json"))
+
+    deadline = time.monotonic() + 120
+    while not checkpoints() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.kill()
+    assert killed.wait() != 0, "it had ended before it was killed"
+    assert checkpoints()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "continuing from the checkpoint of step" in again.stdout
+    stopped, path = result_of(pretrained, "shapes-finetune-")
+    path.rename(tmp_path / "stopped")
+    whole = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert "continuing" not in whole.stdout
+    undisturbed, _ = result_of(pretrained, "shapes-finetune-")
+    assert stopped["confusion"] == undisturbed["confusion"]
+    lines = [
+        [line for line in text.stdout.splitlines() if "loss" in line][-1].split("images/s")[0].rsplit(None, 1)[0]
+        for text in (again, whole)
+    ]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--run", "bse"], "did you mean base?"),
+        (["--run", ""], "give either --run NAME or --weights FILE"),
+        (["--weights", "x.pth"], "give either --run NAME or --weights FILE"),
+        (["--run", "", "--weights", "x.pth"], "no file"),
+        (["--protocol", "finetun"], "did you mean finetune?"),
+        (["--data.train", ""], "give labelled shards"),
+        (["--data.test", "nowhere"], "nowhere"),
+        (["--protocol", "partial", "--blocks", "7"], "1 to 2"),
+        (["--data.image-size", "18", "18"], "not divisible by the patch size 4"),
+        (["--data.auto-augment", "best"], "is no RandAugment policy"),
+        (["--train.micro-size", "3", "--train.mixup", "1"], "must be even"),
+        (["--seeds", "1", "1"], "seeds must be different"),
+        (["--visible", "0.5"], "visible is for the protocols"),
+        (["--data.label-fraction", "0"], "shares above 0"),
+    ],
+)
+def test_wrong_input_is_one_line(pretrained, shards, flags, told):
+    with pytest.raises(UserError) as caught:
+        main(arguments(pretrained, shards, "finetune", *flags))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_must_be_known_and_numbered_alike(shards):
+    train = load_manifest(shards["train"])
+    with pytest.raises(UserError, match="have no labels"):
+        check_labels(train, train.__class__(**{**vars(train), "classes": ()}))
+    with pytest.raises(UserError, match=r"data\.test has the class 'zebra'"):
+        check_labels(train, train.__class__(**{**vars(train), "classes": (*train.classes, "zebra")}))
+    with pytest.raises(UserError, match="number the same classes differently"):
+        check_labels(train, train.__class__(**{**vars(train), "classes": train.classes[::-1]}))
+
+
+def test_each_protocol_begins_with_its_recipe():
+    given = ["--run", "x", "--data.train", "/a/cells/train", "--data.test", "/a/cells/test"]
+    linear = read_transfer([*given, "--protocol", "linear"])
+    assert (linear.train.optimizer, linear.train.base_lr, linear.train.epochs) == ("lars", 0.1, 90)
+    finetune = read_transfer([*given, "--protocol=finetune", "--train.mixup", "0"])
+    assert (finetune.train.layer_decay, finetune.train.mixup, finetune.train.cutmix) == (0.65, 0, 1)
+    assert finetune.data.auto_augment == "rand-m9-mstd0.5-inc1"
+    assert read_transfer([*given, "--protocol", "scratch"]).train.weight_decay == 0.3
+    assert dataset_name(finetune) == "cells"
+
+
+def test_names_tell_what_changes_the_meaning():
+    transfer = Transfer(protocol="partial", blocks=(0.5,), data=TransferData(train="s3://b/shards/x-{0..3}.tar"))
+    assert dataset_name(transfer) == "b"
+    assert score_name(transfer) == "partial_0.5"
+    few = Transfer(protocol="finetune", data=TransferData(label_fraction=(0.01,)))
+    assert score_name(few) == "finetune_labels_0.01"
+
+
+def test_one_command_asks_for_several_transfers():
+    sweep = units(Transfer(protocol="partial", sweep=True), depth=12)
+    assert [unit.blocks[0] for unit in sweep[:-1]] == [0, 0.5, 1, 2, 4, 8, 12]
+    assert sweep[-1].protocol == "finetune"
+    labels = Transfer(protocol="finetune", against_scratch=True, data=TransferData(label_fraction=(0.1, 1)))
+    names = [score_name(unit) for unit in units(labels, depth=12)]
+    assert names == ["finetune_labels_0.1", "scratch_labels_0.1", "finetune", "scratch"]
+
+
+def test_the_interval_is_students():
+    # t(0.975, 2) = 4.3027
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 * 1.0 / 3**0.5)
+    assert interval([1.0]) is None
+    one = {"seed": 0, "val": [[1, 0], [0, 1]], "test": [[3, 1], [0, 0]], "seconds": 1.0, "chosen": {}}
+    result = summarise(Transfer(), [one], 0)
+    assert result["scores"]["test/top1"] == 75
+    assert result["per_class"] == [75, 0]
+    assert torch.tensor(result["confusion"]).sum() == 4
+    assert Config()
