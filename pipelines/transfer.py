@@ -59,6 +59,10 @@ PROG = "python -m pipelines.transfer"
 _PROTOCOLS: tuple[str, ...] = Protocol.__args__  # type: ignore[attr-defined]
 
 
+class TransferFailedError(RuntimeError):
+    """A transfer failed by what the user cannot mend."""
+
+
 def read_transfer(argv: Sequence[str] | None = None) -> Transfer:
     """The protocol's recipe, overridden by ``--config FILE``, overridden by flags; every path absolute.
 
@@ -103,6 +107,8 @@ def check_labels(train: Manifest, test: Manifest) -> None:
     for name, manifest in (("data.train", train), ("data.test", test)):
         if not manifest.classes:
             raise UserError(f"{name}: the shards in {manifest.location} have no labels, and a transfer needs them")
+    if train.num_samples < 2:
+        raise UserError(f"data.train: {train.num_samples} images cannot be split into learning and validation")
     if train.classes[: len(test.classes)] != test.classes:
         missing = sorted(set(test.classes) - set(train.classes))
         if missing:
@@ -204,7 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not ray.is_initialized():
                     stack.enter_context(connect(address=transfer.scale.address))
                     check_resources(transfer.scale, transfer.data.cpus_per_task)
-                _run(unit, config, state, data, parent, store, values)
+                try:
+                    _run(unit, config, state, data, parent, store, values)
+                except TransferFailedError as failed:
+                    print(f"error: {score_name(unit)} failed: {failed}", file=sys.stderr)
+                    return 1
             result = json.loads(store.read("result.json"))
             note_on_parent(unit, parent, result)
             print(told(unit, result, store, time.perf_counter() - began), flush=True)
@@ -261,7 +271,7 @@ def _run(
 
     Raises:
         UserError: It failed by what the user can mend.
-        RuntimeError: It failed otherwise.
+        TransferFailedError: It failed otherwise.
     """
     train, test = data
     store.write("config.json", transfer.model_dump_json(indent=2) + "\n")
@@ -288,7 +298,7 @@ def _run(
             folder.push()
         if failure and failure[1]:
             raise UserError(failure[0])
-        raise RuntimeError(f"the transfer failed: {failure[0] if failure else error}")
+        raise TransferFailedError(failure[0] if failure else error)
     result = json.loads(store.read("result.json"))
     folder = RunFolder(store)
     confusion_CC = torch.tensor(result["confusion"])
