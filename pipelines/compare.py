@@ -34,7 +34,7 @@ from pipelines.storage import Store, absolute
 
 PROG = "python -m pipelines.compare"
 # Any two of the six are 31 or more apart in CIELAB to normal, protan, deutan and tritan eyes, and stand out from the
-# page; the strokes tell further runs apart.
+# page; the strokes tell them apart without colour, too.
 LIGHT = ("#2519a9", "#b09109", "#368c70", "#852d81", "#585400", "#000000")
 DARK = ("#676fd9", "#ffd232", "#2eff9f", "#9c4a74", "#ce321b", "#cee7ff")
 LIGHT_PAGE, DARK_PAGE = "#ffffff", "#14171a"
@@ -123,7 +123,8 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _stroke(i: int) -> str:
-    return STROKES[i // len(LIGHT) % len(STROKES)]
+    # Neighbours differ, so that one shows through another on the same line; with the colour, no two runs are alike.
+    return STROKES[(i + i // len(LIGHT)) % len(STROKES)]
 
 
 def _panel(title: str, key: str, runs: Sequence[Run], numbers: Iterable[int], note: str = "") -> str:

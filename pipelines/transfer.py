@@ -373,7 +373,7 @@ def told(transfer: Transfer, result: dict[str, Any], store: Store, seconds: floa
         "",
         f"{score_name(transfer)} of {transfer.run or transfer.weights} on {dataset_name(transfer)}, in {seconds:.0f} s",
         f"  validation {scores['val/top1']:.2f} %",
-        f"  test       {scores['test/top1']:.2f} %{spread}; the test images were read once",
+        f"  test       {scores['test/top1']:.2f} %{spread}; read at the end, nothing is chosen there",
     ]
     if scores["train/flops"]:
         lines.append(f"  training   {scores['time/train_s']:.0f} s, {scores['train/flops'] / 1e15:.3g} PFLOP a seed")

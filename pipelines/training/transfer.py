@@ -281,6 +281,17 @@ class _Worker:
         plan = Plan(num, training or 0, end=end, shuffle=training is not None, members=members)
         return Stream(manifest, plan, cut, view, ReadPolicy(deadline_s=data.deadline_s))
 
+    def cut(self, num: int) -> Cut:
+        """How batches of a training on so many images are cut: in pairs, where images are mixed by pairs."""
+        train = self.transfer.train
+        size = min(train.global_size, num)
+        cuts = (Cut(size, micro, self.world_size) for micro in range(train.micro_size, 0, -1))
+        mixes = bool(train.mixup or train.cutmix)
+        found = next((cut for cut in cuts if cut.rows % 2 == 0 or not mixes), None)
+        if found is None:
+            raise UserError(f"a batch of {size} images on {self.world_size} workers cannot be mixed by pairs")
+        return found
+
     def learn(self, seed: int) -> dict[str, Any]:
         """Trains with one seed and scores on the validation split, and on the test images."""
         transfer, train = self.transfer, self.transfer.train
@@ -291,7 +302,7 @@ class _Worker:
             return done
         model = self.classifier(seed)
         ids = self.members(seed)
-        cut = Cut(min(train.global_size, len(ids)), train.micro_size, self.world_size)
+        cut = self.cut(len(ids))
         steps = max(1, round(train.epochs * len(ids) / cut.global_size))
         schedule = {
             "peak": peak_lr(train.base_lr, cut.global_size),
@@ -534,7 +545,7 @@ def summarise(transfer: Transfer, scored: list[dict[str, Any]], unreadable: int)
             {"seed": one["seed"], "val": v, "test": t, "chosen": one["chosen"]}
             for one, v, t in zip(scored, val, test, strict=True)
         ],
-        "test_read": "once, after everything had been chosen on the validation split",
+        "test_read": "at the end, once a seed; all that is chosen is chosen on the validation split",
         "confusion": confusion_CC.tolist(),
         "per_class": (100 * confusion_CC.diag() / confusion_CC.sum(dim=1).clamp(min=1)).tolist(),
         "unreadable": unreadable,

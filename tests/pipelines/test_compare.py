@@ -243,6 +243,16 @@ def test_curves_are_thinned_and_keep_their_spikes(tmp_path):
     assert (tmp_path / "page.html").stat().st_size < 60_000
 
 
+def test_no_two_of_many_runs_are_drawn_alike(tmp_path):
+    names = [f"run{i}" for i in range(24)]
+    for name in names:
+        write_run(tmp_path, name, steps=2)
+    page = compare(tmp_path, tmp_path / "page.html", *names)
+    assert len({(line["class"], line["stroke-dasharray"]) for line in page.all("polyline")}) == 24
+    with pytest.raises(UserError, match="found 25"):
+        main([*names, "one-more", "--storage", str(tmp_path)])
+
+
 def test_a_run_that_went_on_is_not_finished(tmp_path):
     folder = write_run(tmp_path, "a")
     (folder / "identity.json").write_text(json.dumps({"train.steps": 80}))

@@ -72,7 +72,7 @@ def arguments(root, shards, protocol, *more):
     return [part for key, value in flags.items() for part in (f"--{key}", str(value))] + list(more)
 
 
-TRAINED = ["--train.epochs", "2", "--train.global-size", "64", "--train.micro-size", "32", "--train.warmup-epochs", "1"]
+TRAINED = ["--train.epochs", "2", "--train.global-size", "57", "--train.micro-size", "32", "--train.warmup-epochs", "1"]
 
 
 def scores(root):
