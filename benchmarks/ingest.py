@@ -48,7 +48,7 @@ class Ingest(BaseModel):
     source: str
     """A .tar of photos."""
     tiny: str = ""
-    """A folder of shards of tiny images; empty: they are not measured."""
+    """A folder of shards of tiny images; empty: cifar10/train.tar.gz beside the source, or none where that is missing."""
     copies: int = Field(default=32, ge=1)
     """How often the photos are packed, under other names."""
     only: tuple[Part, ...] = ()
@@ -107,8 +107,8 @@ def run(args: Ingest, cores: Sequence[int], folder: Path) -> dict[str, Any]:
 
     photos = make_photos(args.source, args.copies, folder, args.image_size, args.batch)
     groups = {"photos": (photos, [arm for arm in ARMS if arm in (args.only or PARTS)])}
-    if args.tiny:
-        tiny = load_tiny(args.tiny, args.tiny_size, args.tiny_batch)
+    if tiny_shards := args.tiny or pack_tiny(args.source, folder):
+        tiny = load_tiny(tiny_shards, args.tiny_size, args.tiny_batch)
         groups["tiny"] = (tiny, [arm for arm in TINY_ARMS if arm in (args.only or PARTS)])
     for name, (images, _) in groups.items():
         manifest = images.manifest
@@ -136,6 +136,17 @@ def run(args: Ingest, cores: Sequence[int], folder: Path) -> dict[str, Any]:
         details["memory"] = {"few": few, "many": many}
         numbers["memory_growth"] = many["peak_mib"] / few["peak_mib"]
     return {**numbers, "details": details}
+
+
+def pack_tiny(source: str, folder: Path) -> str:
+    """Packs the CIFAR-10 that lies beside the photos; returns its shards, or nothing where there is none."""
+    from pipelines.make_shards import main as make_shards
+
+    beside = Path(source).parent / "cifar10" / "train.tar.gz"
+    if not beside.is_file():
+        return ""
+    make_shards(["--source", str(beside), "--out", str(folder / "tiny")])
+    return str(folder / "tiny")
 
 
 def check(turns: "Turns", groups: dict[str, tuple["Images", list[str]]]) -> dict[str, dict[str, float]]:
@@ -235,7 +246,6 @@ def conditions(args: Ingest, cores: Sequence[int]) -> dict[str, Any]:
         "page_cache": "warm",
         "threads_a_process": 1,
         "ray": "one local Ray, idle while the others are measured; its workers run at nice 15",
-        "tiny": "measured" if args.tiny else "left out: no --tiny",
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
@@ -258,7 +268,7 @@ def show(result: dict[str, Any]) -> None:
         for key, ratio in told["ratios"].items():
             print(f"  {key:32} {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})")
     if "tiny" not in details:
-        print("\ntiny images were left out: no --tiny")
+        print("\ntiny images were left out: no --tiny, and no cifar10/train.tar.gz beside the source")
     for key, value in details.get("first_batch", {}).items():
         print(f"{key:34} {value['median']:.2f} s ({value['low']:.2f} to {value['high']:.2f})")
     if "memory" in details:

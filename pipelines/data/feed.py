@@ -27,7 +27,7 @@ _BLOCKS_AHEAD = 2  # parsed and waiting in this worker, beside those that Ray Da
 
 # A change of executions costs a second or so where decoding limits; a task takes a CPU about as long. So with this
 # many tasks for each CPU an execution takes some minutes, on any cluster, and its change is under 1 % of it.
-_TASKS_PER_CPU = 384
+_TASKS_PER_CPU = 512
 _MOST_TASKS = 8192  # what one coordinator has to hold; no execution is that short on clusters that reach it
 
 

@@ -15,13 +15,14 @@ import pyarrow as pa
 from mae_core.augment import auto_augment
 from mae_core.images import Crops, ImageError, center_crops, crop_resize, decode, random_resized_crops
 from pipelines.data.layout import Layout, make_layout
-from pipelines.data.plan import FILLER, GRAIN, RANGE, Cut, Plan
+from pipelines.data.plan import FILLER, GRAIN, Cut, Plan
 from pipelines.data.shards import Manifest, load_index
 from pipelines.reading import DEFAULT_POLICY, ReadPolicy, read_range
 from pipelines.storage import Store
 
 GRAINS_AHEAD = 2  # being read while another is decoded
 LOCAL_THREADS = 2
+_LONGEST_GAP = 8  # samples that are read for nothing between two that are wanted
 REMOTE_THREADS = 8  # a grain's ranges at once: a store's answers take their time
 
 
@@ -148,8 +149,8 @@ def _pieces(manifest: Manifest, sample: np.ndarray) -> Iterator[tuple[int, np.nd
     """Cuts samples into what is read at once: shard, sample ids, and places in the shard."""
     sample = np.unique(sample)
     shard, place = locate(manifest, sample)
-    # A new read begins in another shard, and after a gap longer than a range.
-    breaks = np.flatnonzero((np.diff(shard) != 0) | (np.diff(place) > RANGE)) + 1
+    # A new read begins in another shard, and after a gap that would be dearer to read than another request.
+    breaks = np.flatnonzero((np.diff(shard) != 0) | (np.diff(place) > _LONGEST_GAP)) + 1
     for part in np.split(np.arange(len(sample)), breaks):
         if len(part):
             yield int(shard[part[0]]), sample[part], place[part]
@@ -312,7 +313,8 @@ def read_blocks(stream: Stream, blocks: list[list[list[int]]]) -> Iterator[pa.Ta
     """
     positions = [_real(stream, same[0]) for views in blocks for same in views]
     threads = LOCAL_THREADS if Store(stream.manifest.location).is_local else REMOTE_THREADS
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         grains = _Grains(stream, positions, pool)
         members = map(grains.members, range(len(positions)))
         height, width = stream.view.image_size
@@ -320,6 +322,9 @@ def read_blocks(stream: Stream, blocks: list[list[list[int]]]) -> Iterator[pa.Ta
         room = np.empty(most * stream.cut.rows * height * width * stream.view.channels, np.uint8)
         for views in blocks:
             yield _block(stream, views, itertools.islice(members, len(views)), room)
+    finally:
+        # What else is being read from a store that is gone would wait for its own deadline, one piece after the other.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _real(stream: Stream, index: int) -> tuple[int, int]:

@@ -1,19 +1,24 @@
 """The plan through a real Ray Data: the same samples and pixels in the same order on any number of workers."""
 
+import itertools
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import ray
 
+from pipelines.data import readers
 from pipelines.data.feed import Crew, Feed, join_crew
-from pipelines.data.plan import FILLER, Cut, Plan
+from pipelines.data.plan import FILLER, Cut, Members, Plan
 from pipelines.data.readers import Stream, View, read_images
-from pipelines.data.shards import load_manifest
+from pipelines.data.shards import load_index, load_manifest
 from pipelines.errors import UserError
+from pipelines.reading import ReadError, ReadPolicy
+from tests.stores import Fault, FaultyProxy, range_server
 
 STEPS = 12
 
@@ -62,6 +67,7 @@ def consume(stream, world_size, num_tasks=2, steps=(0, STEPS), pause_s=0.0):
         thread.start()
     for thread in threads:
         thread.join(180)
+    assert not any(thread.is_alive() for thread in threads), "a feed hangs"
     return received, most[0], feeds
 
 
@@ -124,10 +130,30 @@ def test_executions_follow_one_another_without_a_pause(stream):
         stream, plan=Plan(300, seed=0), cut=Cut(300, 300, 1), view=replace(stream.view, image_size=(64, 64))
     )
     began = time.monotonic()
-    _, _, feeds = consume(stream, 1, num_tasks=4, steps=(0, 240), pause_s=0.05)
+    received, _, feeds = consume(stream, 1, num_tasks=4, steps=(0, 240), pause_s=0.05)
+    assert [batch.index for batch in received[0]] == list(range(240))
     changes = len(feeds[0].segments) - 1
     assert changes >= 2
     assert feeds[0].change_wait_s < 0.01 * (time.monotonic() - began)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_next_execution_waits_until_the_present_one_needs_no_more_cpus(stream, monkeypatch, told):
+    monkeypatch.setattr("pipelines.data.layout.BLOCK_BYTES", 1)
+    monkeypatch.setattr("pipelines.data.layout.TASK_BYTES", 1)
+    monkeypatch.setattr("pipelines.data.layout.GRAIN", 64)
+    if not told:
+        # The last task does not say that it has begun.
+        monkeypatch.setattr("pipelines.data.feed._Started", lambda *_: lambda: None)
+    feed = Feed(stream, (0, STEPS), crew=join_crew(0, 1, num_cpus=0.5), num_tasks=8)
+    assert len(feed.segments) > 1
+    next(feed)
+    # Most of the first segment is not yet taken, so its reader cannot have left.
+    deadline = time.monotonic() + (60 if told else 5)
+    while feed._queues[1].empty() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert feed._queues[1].empty() != told
+    assert [batch.index for batch in feed] == list(range(1, STEPS * stream.cut.micros))
 
 
 def test_views_of_a_sample_come_from_one_decoding_and_differ(stream, monkeypatch):
@@ -145,8 +171,6 @@ def test_views_of_a_sample_come_from_one_decoding_and_differ(stream, monkeypatch
     first, second = batches[3 * cut.micros], batches[4 * cut.micros]
     np.testing.assert_array_equal(first.sample_B, second.sample_B)
     assert not np.array_equal(first.images_BHWC, second.images_BHWC)
-
-    from pipelines.data import readers
 
     counted = []
     monkeypatch.setattr(readers, "decode", lambda data, channels: counted.append(1) or honest(data, channels))
@@ -202,6 +226,43 @@ def test_a_shard_that_cannot_be_read_stops_the_run_with_one_line(stream, tmp_pat
     assert manifest.shard_names[0] in str(error.value)
     assert "\n" not in str(error.value)
     feed.close()
+
+
+@pytest.fixture
+def served(stream, shards):
+    """The stream from a web server, behind a proxy that can break its answers; parts of it far from each other."""
+    with range_server(Path(shards["train"]).parent) as web, FaultyProxy(web) as proxy:
+        manifest = load_manifest(f"{proxy.address}/{Path(shards['train']).name}")
+        load_index(manifest, 0, ReadPolicy(deadline_s=2.0))
+        members = Members(np.arange(0, manifest.num_samples, 20))
+        plan = Plan(len(members.sample_N), seed=0, members=members)
+        yield replace(stream, manifest=manifest, plan=plan, policy=ReadPolicy(deadline_s=2.0)), proxy
+
+
+def test_images_are_the_same_through_faults_of_their_store(served, shards):
+    stream, proxy = served
+    blocks = [stream.layout.micro_batches((0, 2), 0, block) for block in range(2)]
+
+    def pixels(stream):
+        found = (batch for block in readers.read_blocks(stream, blocks) for batch in readers.parse_block(block, stream))
+        return [(batch.sample_B.tolist(), batch.images_BHWC.tobytes()) for batch in found]
+
+    whole = pixels(replace(stream, manifest=load_manifest(shards["train"])))
+    faults = itertools.cycle([Fault(status=503), None, Fault(cut_after_bytes=100), None, None])
+    proxy.rules = lambda method, path, *_: next(faults) if method == "GET" and path.endswith(".tar") else None
+    asked = len(proxy.requests)
+    assert pixels(replace(stream, policy=ReadPolicy(deadline_s=60.0))) == whole
+    assert len(proxy.requests) - asked > 15, "some answers were broken, and asked for again"
+
+
+def test_a_task_ends_with_its_first_deadline(served):
+    stream, proxy = served
+    proxy.rules = lambda _method, path, *_: Fault(status=503) if path.endswith(".tar") else None
+    began = time.monotonic()
+    with pytest.raises(ReadError, match="503"):
+        list(readers.read_blocks(stream, [stream.layout.micro_batches((0, 2), 0, 0)]))
+    # Fifteen pieces, eight at once: the others do not wait for deadlines of their own.
+    assert time.monotonic() - began < 3.5
 
 
 def test_a_feed_that_is_given_up_leaves_nothing(stream):

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from pipelines.data.layout import Layout, make_layout
+from pipelines.data.layout import BLOCK_BYTES, Layout, make_layout
 from pipelines.data.plan import FILLER, GRAIN, Cut, Members, Plan
 from pipelines.data.readers import Stream, View, locate
 from pipelines.data.shards import Manifest
@@ -135,7 +135,7 @@ def test_small_images_share_blocks_and_large_ones_do_not():
     small = make_layout(Cut(128, 64, 2), encoded_bytes=1500, pixel_bytes=32 * 32 * 3)
     large = make_layout(Cut(4096, 64, 8), encoded_bytes=100_000, pixel_bytes=224 * 224 * 3)
     assert small.turns_per_block > 20
-    assert large.turns_per_block * 64 * 224 * 224 * 3 <= 20 << 20
+    assert large.turns_per_block * 64 * 224 * 224 * 3 <= BLOCK_BYTES
     # One task is a grain at least, and not much more than fits in memory.
     assert GRAIN <= large.blocks_per_task * large.turns_per_block * 64 <= 2048
     huge = make_layout(Cut(256, 256, 1), encoded_bytes=1e6, pixel_bytes=512 * 512 * 3)
