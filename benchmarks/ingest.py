@@ -48,7 +48,7 @@ class Ingest(BaseModel):
     source: str
     """A .tar of photos."""
     tiny: str = ""
-    """A folder of shards of tiny images; empty: cifar10/train.tar.gz beside the source, or none where that is missing."""
+    """A folder of shards of tiny images; empty: cifar10/train.tar.gz beside the source, if it is there."""
     copies: int = Field(default=32, ge=1)
     """How often the photos are packed, under other names."""
     only: tuple[Part, ...] = ()

@@ -149,6 +149,8 @@ def test_hashes_never_change_silently() -> None:
         5: 0xFD729F8728C73C4E,
         6: 0xB374CD2E16B0EDC5,
         7: 0x2114759C52034E79,
+        8: 0xA7E622FF35B51ED3,
+        9: 0x9F3AD35993EAA3E8,
     }
     assert uniform(Purpose.SPLIT, 7, 11).item() == 0.5990121745633169
 
