@@ -88,8 +88,13 @@ def result_of(root, start):
 
 
 def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_local, capfd):
-    command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "2")
+    command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "2", "--visible", "0.1", "1")
     assert main(command) == 0
+    picture = pretrained / "base" / "pictures" / "transfer-shapes-linear-fast-visible.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in capfd.readouterr().out
+    few, _ = result_of(pretrained, "shapes-linear_fast_visible_0.1-")
+    assert len(few["seeds"]) == 3
     result, folder = result_of(pretrained, "shapes-linear_fast-")
     test = [one["test"] for one in result["seeds"]]
     assert result["scores"]["test/top1"] == pytest.approx(np.mean(test))
@@ -116,16 +121,6 @@ def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_lo
     assert [one for one in scores(pretrained) if one[0] == noted[0]] == [noted]
 
 
-def test_fewer_visible_patches_are_scored_and_drawn(pretrained, shards, ray_local, capfd):
-    command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "--visible", "0.1", "1")
-    assert main(command) == 0
-    few, _ = result_of(pretrained, "shapes-linear_fast_visible_0.1-")
-    assert len(few["seeds"]) == 2
-    picture = pretrained / "base" / "pictures" / "transfer-shapes-linear-fast-visible.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert str(picture) in capfd.readouterr().out
-
-
 def test_which_patches_are_seen_is_a_function_of_seed_and_sample():
     model = MaskedAutoencoder("vit_tiny_patch16_224", image_size=16, patch_size=4, width=24, depth=2, num_heads=2)
     classifier = Classifier(model, 2).eval()
@@ -142,6 +137,7 @@ def test_which_patches_are_seen_is_a_function_of_seed_and_sample():
     torch.testing.assert_close(Look(classifier, 1.0, 1).look(images_BCHW, sample_B), model.features(images_BCHW))
 
 
+@pytest.mark.chaos
 def test_nearest_neighbours_are_those_of_the_features(pretrained, shards, ray_local):
     assert main(arguments(pretrained, shards, "knn", "--knn-k", "3")) == 0
     result, _ = result_of(pretrained, "shapes-knn-")
@@ -158,11 +154,11 @@ def test_fine_tuning_on_two_workers_at_another_resolution(pretrained, shards, ra
     assert result["unreadable"] <= 1, "one image of the fixture is truncated, and counts once"
 
 
-def test_the_papers_linear_probe_and_scratch_run(pretrained, shards, ray_local):
-    for protocol in ("linear", "scratch"):
-        assert main(arguments(pretrained, shards, protocol, *TRAINED)) == 0
-        result, _ = result_of(pretrained, f"shapes-{protocol}-")
-        assert result["seeds"][0]["chosen"]["steps"] > 4
+@pytest.mark.parametrize("protocol", ["linear", pytest.param("scratch", marks=pytest.mark.chaos)])
+def test_the_papers_linear_probe_and_scratch_run(pretrained, shards, ray_local, protocol):
+    assert main(arguments(pretrained, shards, protocol, *TRAINED)) == 0
+    result, _ = result_of(pretrained, f"shapes-{protocol}-")
+    assert result["seeds"][0]["chosen"]["steps"] > 4
 
 
 @pytest.mark.chaos
