@@ -35,11 +35,11 @@ class TransferData(Section):
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the image's area that a training crop covers."""
     flip: bool = True
-    """Mirror half of the training crops."""
+    """Mirror half of the training crops; never where pretraining did not."""
     auto_augment: str = ""
     """RandAugment in timm's words, as rand-m9-mstd0.5-inc1; empty: none."""
-    crop_share: float = Field(default=0.875, gt=0, le=1)
-    """Side of the central crop over the image's shorter side, for validation and test."""
+    crop_share: float = Field(default=0.0, ge=0, le=1)
+    """Side of the central crop over the image's shorter side, for validation and test; 0: as in the run's probes."""
     deadline_s: float = Field(default=300.0, gt=0)
     """How long a store may fail to give a range of a shard before the transfer stops."""
     cpus_per_task: float = Field(default=0.66, gt=0)

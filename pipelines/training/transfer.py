@@ -167,7 +167,7 @@ class _Worker:
         """Scores on features that are computed once, by all workers; rank 0 scores."""
         values = self.config.model_dump()
         values["probe"]["pool"] = self.transfer.pool
-        values["probe"]["crop_share"] = self.transfer.data.crop_share
+        values["probe"]["crop_share"] = self.crop_share
         values["data"]["image_size"] = self.image_size
         values["batch"]["micro_size"] = self.transfer.train.micro_size
         prober = Prober(Config.model_validate(values), self.crew, self.device, self.autocast)
@@ -241,6 +241,11 @@ class _Worker:
         asked = self.transfer.data.image_size
         return asked if min(asked) > 0 else self.config.data.image_size
 
+    @property
+    def crop_share(self) -> float:
+        """Side of the central crop over the image's shorter side."""
+        return self.transfer.data.crop_share or self.config.probe.crop_share
+
     def members(self, seed: int) -> np.ndarray:
         """The sample ids that one seed learns from, in order."""
         fraction, ids = self.transfer.data.label_fraction[0], self.learn_ids
@@ -274,8 +279,8 @@ class _Worker:
             self.config.data.channels,
             training or 0,
             None if training is None else data.crop_scale,
-            training is not None and data.flip,
-            data.crop_share,
+            training is not None and data.flip and self.config.data.flip,
+            self.crop_share,
             "" if training is None else data.auto_augment,
         )
         plan = Plan(num, training or 0, end=end, shuffle=training is not None, members=members)
