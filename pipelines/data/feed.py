@@ -249,10 +249,9 @@ class Feed:
                 )
                 coordinator = shares[0]._coord_actor  # type: ignore[attr-defined]
                 ray.get(desk.post.remote(key, [ray.put(shares)], coordinator, len(shares)))
-        except ray.exceptions.RayActorError:
-            return  # the crew has gone
         except BaseException as error:  # handed to those who wait
-            ray.get(desk.post.remote(self._key(segment), [ray.put(error)], None, 0))
+            with contextlib.suppress(ray.exceptions.RayActorError):  # unless the crew has gone
+                ray.get(desk.post.remote(self._key(segment), [ray.put(error)], None, 0))
 
 
 @dataclass(frozen=True)

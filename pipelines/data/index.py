@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from pipelines.data.sources import image_extension, walk_tar
 from pipelines.errors import UserError
-from pipelines.reading import DEFAULT_POLICY, ReadPolicy
+from pipelines.reading import DEFAULT_POLICY, ReadPolicy, retried
 from pipelines.storage import Store
 
 NO_LABEL = -1
@@ -103,7 +103,8 @@ def read_index(store: Store, shard_name: str, policy: ReadPolicy = DEFAULT_POLIC
     name = index_name(shard_name)
     try:
         if store.is_local:
-            source = pa.memory_map(str(store.local(name)))
+            path = str(store.local(name))
+            source = retried(lambda: pa.memory_map(path), path, policy)
         else:
             source = pa.BufferReader(store.read(name, policy=policy))
         batch = pa.ipc.open_file(source).get_batch(0)

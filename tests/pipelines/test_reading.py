@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from webdataset.writer import TarWriter
 
-from pipelines.data.index import encode_index, index_name, index_tar
+from pipelines.data.index import encode_index, index_name, index_tar, read_index
 from pipelines.data.shards import Manifest, encode_info, load_index, load_manifest, parse_manifest
 from pipelines.errors import UserError
 from pipelines.reading import ReadError, ReadPolicy, read_range
@@ -358,3 +359,19 @@ def test_a_manifest_of_100_000_shards_stays_usable(tmp_path: Path):
         np.searchsorted(parsed.starts, [0, 9_999, 10_000, 999_999_999], "right") - 1, [0, 0, 1, num - 1]
     )
     assert time.process_time() - began < 10.0
+
+
+def test_an_index_is_opened_again_after_a_fault_that_passes(shards: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    manifest = load_manifest(shards["train"])
+    honest, opened = pa.memory_map, []
+
+    def failing(path: str) -> pa.MemoryMappedFile:
+        opened.append(path)
+        if len(opened) < 3:
+            raise OSError(errno.EIO, "the disk is away", path)
+        return honest(path)
+
+    monkeypatch.setattr("pyarrow.memory_map", failing)
+    index, _ = read_index(Store(manifest.location), manifest.shard_names[0], ReadPolicy(deadline_s=30.0))
+    assert len(opened) == 3
+    assert len(index) == manifest.shard_lengths[0]
