@@ -30,7 +30,7 @@ from pipelines.errors import UserError, run_command
 from pipelines.ray_session import connect
 from pipelines.spool import Spool
 from pipelines.storage import Store, absolute
-from pipelines.tracking import DatasetInput, RunDescription, create_run, resolve_tracking_uri, send
+from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send
 from pipelines.training import checkpoint
 from pipelines.training.build import check_initial_weights, check_model
 from pipelines.training.launch import check_resources, run_workers
@@ -146,17 +146,7 @@ def describe(config: Config, data: dict[str, Manifest | None]) -> RunDescription
             "identity": identity_hash(identity(config, train.digest)),
             "storage": config.run.storage,
         },
-        datasets=tuple(
-            DatasetInput(
-                name=name,
-                digest=manifest.digest,
-                source=manifest.location,
-                num_samples=manifest.num_samples,
-                context=name,
-            )
-            for name, manifest in data.items()
-            if manifest is not None
-        ),
+        datasets=provenance.dataset_inputs(data),
     )
 
 

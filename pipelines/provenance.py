@@ -1,11 +1,15 @@
-"""Which code ran, with which packages: what a run's record says of where its numbers come from."""
+"""Which code ran, with which packages, on which data: where the numbers of a run come from."""
 
 import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+
+from pipelines.data.shards import Manifest
+from pipelines.tracking import DatasetInput
 
 _PACKAGES = ("ray", "torch", "timm", "mlflow", "pyarrow", "numpy")
 
@@ -39,3 +43,18 @@ def tags() -> dict[str, str]:
     """Commit, digest of the code, and versions, as tags of an MLflow run."""
     versions = {f"version.{name}": importlib.metadata.version(name) for name in _PACKAGES}
     return {"git.commit": git_commit(), "code.digest": code_digest(), "python": platform.python_version(), **versions}
+
+
+def dataset_inputs(data: Mapping[str, Manifest | None]) -> tuple[DatasetInput, ...]:
+    """Data sets as MLflow lists them among a run's inputs, each by what it is used for; None is left out."""
+    return tuple(
+        DatasetInput(
+            name=name,
+            digest=manifest.digest,
+            source=manifest.location,
+            num_samples=manifest.num_samples,
+            context=name,
+        )
+        for name, manifest in data.items()
+        if manifest is not None
+    )

@@ -39,7 +39,7 @@ from pipelines.ray_session import connect
 from pipelines.runs import find_run, load_encoder, run_config
 from pipelines.spool import Spool
 from pipelines.storage import Store, absolute
-from pipelines.tracking import DatasetInput, RunDescription, RunRecord, create_run, resolve_tracking_uri, send
+from pipelines.tracking import RunDescription, RunRecord, create_run, resolve_tracking_uri, send
 from pipelines.training.build import build_model
 from pipelines.training.launch import check_resources, run_workers
 from pipelines.training.runfolder import RunFolder
@@ -322,16 +322,7 @@ def describe(transfer: Transfer, data: tuple[Manifest, Manifest], parent: Store 
         name=f"{transfer.run or Path(transfer.weights).stem} {dataset_name(transfer)} {score_name(transfer)}",
         params=flat(transfer),
         tags={"mae.kind": "transfer", "mae.pretraining": transfer.run or transfer.weights, **provenance.tags()},
-        datasets=tuple(
-            DatasetInput(
-                name=name,
-                digest=manifest.digest,
-                source=manifest.location,
-                num_samples=manifest.num_samples,
-                context=name,
-            )
-            for name, manifest in zip(("train", "test"), data, strict=True)
-        ),
+        datasets=provenance.dataset_inputs({"train": data[0], "test": data[1]}),
         parent_run_id=record.mlflow_run_id if record else None,
     )
 

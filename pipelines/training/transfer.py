@@ -46,6 +46,7 @@ from pipelines.training import checkpoint
 from pipelines.training.build import build_model
 from pipelines.training.probing import Features, Prober
 from pipelines.training.runfolder import RunFolder
+from pipelines.training.scores import confusion, summarise, top1
 from pipelines.transfer_config import CACHED, Transfer
 
 SPLIT_SEED = 0  # the validation split is the same for all seeds and protocols
@@ -222,9 +223,9 @@ class _Worker:
                 seed=seed,
             )
             predict, chosen = probe.predict, {"learning_rate": probe.learning_rate}
-        val_CC = _confusion(predict(features[val_N]), labels[val_N], self.num_classes)
-        test_CC = _confusion(predict(asked.features_ND), asked.labels_N, self.num_classes)
-        self.say(f"seed {seed}  {self.transfer.protocol}  validation {_top1(val_CC):.2f} %  ({_s(began)})")
+        val_CC = confusion(predict(features[val_N]), labels[val_N], self.num_classes)
+        test_CC = confusion(predict(asked.features_ND), asked.labels_N, self.num_classes)
+        self.say(f"seed {seed}  {self.transfer.protocol}  validation {top1(val_CC):.2f} %  ({_s(began)})")
         return {
             "seed": seed,
             "val": val_CC.tolist(),
@@ -341,7 +342,7 @@ class _Worker:
             raise RuntimeError("the data holds more than the steps of the training")
         val_CC = self.evaluate(model, self.job.train, np.sort(self.val_ids))
         test_CC = self.evaluate(model, self.job.test, None)
-        self.say(f"seed {seed}  {transfer.protocol}  validation {_top1(val_CC):.2f} %")
+        self.say(f"seed {seed}  {transfer.protocol}  validation {top1(val_CC):.2f} %")
         scored = {
             "seed": seed,
             "val": val_CC.tolist(),
@@ -414,7 +415,7 @@ class _Worker:
             with self.autocast():
                 predicted_B = model(images_BCHW).argmax(dim=1)
             real = weight_B.cpu() > 0
-            counts_CC += _confusion(predicted_B.cpu()[real], label_B.cpu()[real], self.num_classes)
+            counts_CC += confusion(predicted_B.cpu()[real], label_B.cpu()[real], self.num_classes)
             self.left_out(batch.skipped)
         if self.world_size > 1:
             on_device = counts_CC.to(self.device)
@@ -530,51 +531,6 @@ class _Step:
         random.seed(key)
         np.random.seed(key & 0xFFFFFFFF)
         torch.manual_seed(key & 0x7FFFFFFFFFFFFFFF)
-
-
-def summarise(transfer: Transfer, scored: list[dict[str, Any]], unreadable: int) -> dict[str, Any]:
-    """The result of a transfer: means over the seeds with their 95 % intervals, and what each seed gave."""
-    val = [_top1(torch.tensor(one["val"])) for one in scored]
-    test = [_top1(torch.tensor(one["test"])) for one in scored]
-    confusion_CC = torch.tensor([one["test"] for one in scored]).sum(dim=0)
-    return {
-        "protocol": transfer.protocol,
-        "scores": {
-            "val/top1": float(np.mean(val)),
-            "test/top1": float(np.mean(test)),
-            "test/top1_interval": interval(test),
-            "time/train_s": float(np.mean([one["seconds"] for one in scored])),
-            "train/flops": float(scored[0].get("flops", 0)),
-        },
-        "seeds": [
-            {"seed": one["seed"], "val": v, "test": t, "chosen": one["chosen"]}
-            for one, v, t in zip(scored, val, test, strict=True)
-        ],
-        "test_read": "at the end, once a seed; all that is chosen is chosen on the validation split",
-        "confusion": confusion_CC.tolist(),
-        "per_class": (100 * confusion_CC.diag() / confusion_CC.sum(dim=1).clamp(min=1)).tolist(),
-        "unreadable": unreadable,
-    }
-
-
-def interval(values: list[float]) -> float | None:
-    """Half the width of the 95 % interval of a mean (Student's t); None for a single value."""
-    if len(values) < 2:
-        return None
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
-
-
-def _confusion(predicted_N: torch.Tensor, label_N: torch.Tensor, num_classes: int) -> torch.Tensor:
-    if len(label_N) and int(label_N.max()) >= num_classes:
-        raise UserError(f"label {int(label_N.max())} is none of the {num_classes} classes: mend the .cls files")
-    counts = torch.bincount(label_N * num_classes + predicted_N, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes)
-
-
-def _top1(confusion_CC: torch.Tensor) -> float:
-    return 100 * float(confusion_CC.diag().sum()) / max(1, int(confusion_CC.sum()))
 
 
 def _read_json(store: Store, name: str) -> Any:

@@ -18,7 +18,8 @@ from pipelines.config import Config
 from pipelines.data.shards import load_manifest
 from pipelines.errors import UserError
 from pipelines.training.runfolder import RunFolder
-from pipelines.training.transfer import Look, interval, summarise
+from pipelines.training.scores import interval, summarise
+from pipelines.training.transfer import Look
 from pipelines.transfer import check_labels, main, read_transfer
 from pipelines.transfer_config import Transfer, TransferData, dataset_name, score_name, units
 

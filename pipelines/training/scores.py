@@ -1,0 +1,60 @@
+"""What a transfer's confusion matrices come to: accuracy, its mean over seeds, its interval."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.errors import UserError
+from pipelines.transfer_config import Transfer
+
+
+def summarise(transfer: Transfer, scored: list[dict[str, Any]], unreadable: int) -> dict[str, Any]:
+    """The result of a transfer: means over the seeds with their 95 % intervals, and what each seed gave."""
+    val = [top1(torch.tensor(one["val"])) for one in scored]
+    test = [top1(torch.tensor(one["test"])) for one in scored]
+    confusion_CC = torch.tensor([one["test"] for one in scored]).sum(dim=0)
+    return {
+        "protocol": transfer.protocol,
+        "scores": {
+            "val/top1": float(np.mean(val)),
+            "test/top1": float(np.mean(test)),
+            "test/top1_interval": interval(test),
+            "time/train_s": float(np.mean([one["seconds"] for one in scored])),
+            "train/flops": float(scored[0].get("flops", 0)),
+        },
+        "seeds": [
+            {"seed": one["seed"], "val": v, "test": t, "chosen": one["chosen"]}
+            for one, v, t in zip(scored, val, test, strict=True)
+        ],
+        "test_read": "at the end, once a seed; all that is chosen is chosen on the validation split",
+        "confusion": confusion_CC.tolist(),
+        "per_class": (100 * confusion_CC.diag() / confusion_CC.sum(dim=1).clamp(min=1)).tolist(),
+        "unreadable": unreadable,
+    }
+
+
+def interval(values: list[float]) -> float | None:
+    """Half the width of the 95 % interval of a mean (Student's t); None for a single value."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def confusion(predicted_N: torch.Tensor, label_N: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """The confusion matrix [C, C]: rows true, columns predicted.
+
+    Raises:
+        UserError: A label is none of the classes.
+    """
+    if len(label_N) and int(label_N.max()) >= num_classes:
+        raise UserError(f"label {int(label_N.max())} is none of the {num_classes} classes: mend the .cls files")
+    counts = torch.bincount(label_N * num_classes + predicted_N, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
+
+
+def top1(confusion_CC: torch.Tensor) -> float:
+    """Accuracy in percent."""
+    return 100 * float(confusion_CC.diag().sum()) / max(1, int(confusion_CC.sum()))
