@@ -25,12 +25,15 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 # What is read at all. Pillow knows more, among it formats that start other programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 _ORIENTATION_TAG = 0x0112
+_EXIF_MAGIC = b"Exif\0\0"
 # APP1 comes first or right after JFIF in practice, and no segment is longer than this.
 _EXIF_WITHIN = 1 << 16
+_START_OF_SCAN = 0xDA
+_SMALL = 1 << 12
 _NUM_ATTEMPTS = 10
 
 
-def decode(data: bytes, channels: int = 3, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(data: bytes | memoryview, channels: int = 3, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes an encoded image, upright by its EXIF orientation.
 
     Alpha is dropped, the first frame of an animation is taken, and of 16 bits the upper 8 are kept.
@@ -51,7 +54,7 @@ def decode(data: bytes, channels: int = 3, *, max_pixels: int = MAX_PIXELS) -> n
         raise ValueError(f"channels is {channels}: images are decoded to 3 channels (RGB) or 1 (grey)")
     if not data:
         raise ImageError("empty", "no bytes")
-    if data.startswith(_JPEG_MAGIC):
+    if data[: len(_JPEG_MAGIC)] == _JPEG_MAGIC:
         image_HWC = _decode_plain_jpeg(data, _COLOURS[channels], max_pixels)
         if image_HWC is not None:
             return image_HWC
@@ -192,7 +195,7 @@ def normalize(
     return (images_BCHW - 255 * mean_C[:, None, None]) * (1 / (255 * std_C))[:, None, None]
 
 
-def _decode_plain_jpeg(data: bytes, colour: str, max_pixels: int) -> np.ndarray | None:
+def _decode_plain_jpeg(data: bytes | memoryview, colour: str, max_pixels: int) -> np.ndarray | None:
     """Decodes an upright JPEG in grey, YCbCr or RGB; None where Pillow should look at it instead."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
@@ -213,12 +216,12 @@ def _decode_plain_jpeg(data: bytes, colour: str, max_pixels: int) -> np.ndarray 
         return None
 
 
-def _jpeg_orientation(data: bytes) -> int:
+def _jpeg_orientation(data: bytes | memoryview) -> int:
     """The EXIF orientation (1 to 8) of a JPEG; 1 where there is none or it cannot be read."""
-    tiff = data.find(b"Exif\0\0", 0, _EXIF_WITHIN) + 6
-    if tiff < 6:
+    tiff = _find_exif(data) + len(_EXIF_MAGIC)
+    if tiff < len(_EXIF_MAGIC):
         return 1
-    order = "<" if data.startswith(b"II", tiff) else ">"
+    order = "<" if data[tiff : tiff + 2] == b"II" else ">"
     try:
         (ifd,) = struct.unpack_from(order + "I", data, tiff + 4)
         (num_entries,) = struct.unpack_from(order + "H", data, tiff + ifd)
@@ -231,7 +234,26 @@ def _jpeg_orientation(data: bytes) -> int:
     return 1
 
 
-def _decode_by_pillow(data: bytes, mode: str, max_pixels: int) -> np.ndarray:
+def _find_exif(data: bytes | memoryview) -> int:
+    """Where a JPEG's EXIF begins, -1 where it has none.
+
+    From segment to segment, which in a photograph is 30 microseconds, a fiftieth of its decoding, faster than to search
+    its beginning; in what is small it is the other way round.
+    """
+    at = len(_JPEG_MAGIC) - 1
+    while len(data) > _SMALL and at + 4 <= len(data):
+        start, marker, length = struct.unpack_from(">BBH", data, at)
+        if start != 0xFF or marker == 0xFF or length < 2:  # fill bytes, or what does not belong there
+            break
+        if marker == _START_OF_SCAN:
+            return -1
+        if data[at + 4 : at + 4 + len(_EXIF_MAGIC)] == _EXIF_MAGIC:
+            return at + 4
+        at += 2 + length
+    return bytes(data[:_EXIF_WITHIN]).find(_EXIF_MAGIC)
+
+
+def _decode_by_pillow(data: bytes | memoryview, mode: str, max_pixels: int) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow: oddities of files that it reads all the same

@@ -277,7 +277,7 @@ def _decode_views(
             continue
         data, label_RB[:, row], place = members[sample]
         try:
-            decoded.append(decode(bytes(data), view.channels))
+            decoded.append(decode(data, view.channels))
             good.append(row)
         except ImageError as error:
             shard = int(locate(stream.manifest, np.array([sample]))[0][0])

@@ -110,6 +110,20 @@ def test_images_stand_upright(orientation: int, order: str) -> None:
     assert decode(encode(flat, "PNG", exif=exif)).shape == decoded.shape
 
 
+@pytest.mark.parametrize("before", ["", "FFE20006AAAA5555", "FFFFFF", "FFE20004AAAA616263"])
+def test_a_large_photograph_stands_upright_too(before: str) -> None:
+    # Its EXIF is found by going from segment to segment: behind another one, fill bytes, or what does not belong there.
+    noise = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    data = with_exif(encode(noise, "JPEG", quality=95), 6, ">")
+    assert len(data) > 8192
+    exif = data.find(b"Exif") - 4
+    odd = data[:exif] + bytes.fromhex(before) + data[exif:]
+    assert np.array_equal(decode(memoryview(odd)), np.rot90(decode(encode(noise, "JPEG", quality=95)), -1))
+    # What looks like EXIF within the pixels is none.
+    plain = encode(noise, "JPEG", quality=95)
+    assert decode(plain + data[exif : exif + 200]).shape == (80, 120, 3)
+
+
 def test_harmless_oddities_of_a_jpeg_are_forgiven() -> None:
     data = encode(scene(50, 60), "JPEG")
     table = data.find(b"\xff\xc4")
