@@ -35,19 +35,15 @@ def transfer_worker(job: TransferJob) -> None:
 
 def _run(worker: Worker) -> None:
     """All seeds, each where an earlier attempt has left off; then the result is written."""
-    transfer = worker.transfer
-    if transfer.protocol in CACHED:
-        scored = score_cached(worker)
-    else:
-        learning = Learning(worker, Classification(worker))
-        scored = [learning.learn(seed) for seed in transfer.seeds]
+    cached = worker.transfer.protocol in CACHED
+    scored = score_cached(worker) if cached else Learning(worker, Classification(worker)).learn()
     unreadable = [worker.unreadable]
     if worker.world_size > 1:
         unreadable = [set() for _ in range(worker.world_size)]
         dist.all_gather_object(unreadable, worker.unreadable)
     if not (worker.spool and worker.folder):
         return
-    result = summarise(transfer, scored, len(set().union(*unreadable)))
+    result = summarise(worker.transfer, scored, len(set().union(*unreadable)))
     worker.spool.metrics(0, {key: value for key, value in result["scores"].items() if value is not None})
     worker.folder.write("result.json", json.dumps(result, indent=2))
     worker.spool.artifact("result.json")
