@@ -49,10 +49,10 @@ def test_the_transfers_of_a_run_are_sent_too(tmp_path, monkeypatch, capsys):
 
 def test_transfers_of_a_file_of_weights_have_no_run_above(tmp_path, monkeypatch, capsys):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    write_record(tmp_path / "weights-mae" / "transfer" / "cells-knn-1", uri, **{"test/top1": 5.0})
-    write_record(tmp_path / "weights-mae" / "transfer" / "cells-knn-2", "http://127.0.0.1:9", **{"test/top1": 5.0})
+    write_record(tmp_path / "weights-mae" / "transfer" / "cells-knn-1", "http://127.0.0.1:9", **{"test/top1": 5.0})
+    write_record(tmp_path / "weights-mae" / "transfer" / "cells-knn-2", uri, **{"test/top1": 5.0})
     with pytest.raises(UserError, match="not reachable") as failed:
         run(monkeypatch, "weights-mae", "--storage", tmp_path)
-    assert "cells-knn-2" in str(failed.value)
+    assert "cells-knn-1" in str(failed.value)
     told = capsys.readouterr().out
-    assert "cells-knn-1: sent 1 points" in told, "one that fails holds up no other"
+    assert "cells-knn-2: sent 1 points" in told, "one that fails holds up no other"
