@@ -43,7 +43,8 @@ from pipelines.tracking import RunDescription, RunRecord, create_run, resolve_tr
 from pipelines.training.build import build_model
 from pipelines.training.launch import check_resources, run_workers
 from pipelines.training.runfolder import RunFolder
-from pipelines.training.transfer import TransferJob, transfer_worker
+from pipelines.training.transfer import transfer_worker
+from pipelines.training.transfer_worker import TransferJob
 from pipelines.transfer_config import (
     Protocol,
     Transfer,
@@ -366,6 +367,9 @@ def told(transfer: Transfer, result: dict[str, Any], store: Store, seconds: floa
         f"  validation {scores['val/top1']:.2f} %",
         f"  test       {scores['test/top1']:.2f} %{spread}; read at the end, nothing is chosen there",
     ]
+    if result["tried"]:
+        chosen = result["seeds"][0]["chosen"]["base_lr"]
+        lines.append(f"  base_lr    {chosen:g}, the best of {len(result['tried'])} on the validation split")
     if scores["train/flops"]:
         lines.append(f"  training   {scores['time/train_s']:.0f} s, {scores['train/flops'] / 1e15:.3g} PFLOP a seed")
     if result["unreadable"]:

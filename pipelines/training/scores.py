@@ -27,6 +27,7 @@ def summarise(transfer: Transfer, scored: list[dict[str, Any]], unreadable: int)
             {"seed": one["seed"], "val": v, "test": t, "chosen": one["chosen"]}
             for one, v, t in zip(scored, val, test, strict=True)
         ],
+        "tried": scored[0].get("tried", []),
         "test_read": "at the end, once a seed; all that is chosen is chosen on the validation split",
         "confusion": confusion_CC.tolist(),
         "per_class": (100 * confusion_CC.diag() / confusion_CC.sum(dim=1).clamp(min=1)).tolist(),

@@ -19,7 +19,7 @@ from pipelines.data.shards import load_manifest
 from pipelines.errors import UserError
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.scores import interval, summarise
-from pipelines.training.transfer import Look
+from pipelines.training.transfer_cached import Look
 from pipelines.transfer import check_labels, main, read_transfer
 from pipelines.transfer_config import Transfer, TransferData, dataset_name, score_name, units
 
@@ -157,9 +157,12 @@ def test_fine_tuning_on_two_workers_at_another_resolution(pretrained, shards, ra
 
 @pytest.mark.parametrize("protocol", ["linear", pytest.param("scratch", marks=pytest.mark.chaos)])
 def test_the_papers_linear_probe_and_scratch_run(pretrained, shards, ray_local, protocol):
-    assert main(arguments(pretrained, shards, protocol, *TRAINED)) == 0
+    more = ["--train.base-lrs", "0.001", "0.1", "--train.ema", "0.9"]
+    assert main(arguments(pretrained, shards, protocol, *TRAINED, *more)) == 0
     result, _ = result_of(pretrained, f"shapes-{protocol}-")
     assert result["seeds"][0]["chosen"]["steps"] > 4
+    assert [one["base_lr"] for one in result["tried"]] == [0.001, 0.1]
+    assert max(one["validation"] for one in result["tried"]) == pytest.approx(result["scores"]["val/top1"])
 
 
 @pytest.mark.chaos
@@ -214,6 +217,11 @@ def test_a_killed_fine_tuning_ends_as_one_that_was_not(pretrained, shards, tmp_p
         (["--seeds", "1", "1"], "seeds must be different"),
         (["--visible", "0.5"], "visible is for the protocols"),
         (["--data.label-fraction", "0"], "shares above 0"),
+        (["--train.base-lrs", "0.1", "0"], "train.base_lrs must be different numbers above 0"),
+        (["--train.base-lrs", "0.1", "0.1"], "train.base_lrs must be different numbers above 0"),
+        (["--protocol", "knn", "--train.base-lrs", "0.1"], "for the protocols that train, not for knn"),
+        (["--protocol", "linear-fast", "--train.ema", "0.9"], "for the protocols that train, not for linear-fast"),
+        (["--train.ema", "1"], "less than 1"),
     ],
 )
 def test_wrong_input_is_one_line(pretrained, shards, flags, told):
@@ -240,7 +248,8 @@ def test_each_protocol_begins_with_its_recipe():
     finetune = read_transfer([*given, "--protocol=finetune", "--train.mixup", "0"])
     assert (finetune.train.layer_decay, finetune.train.mixup, finetune.train.cutmix) == (0.65, 0, 1)
     assert finetune.data.auto_augment == "rand-m9-mstd0.5-inc1"
-    assert read_transfer([*given, "--protocol", "scratch"]).train.weight_decay == 0.3
+    scratch = read_transfer([*given, "--protocol", "scratch"])
+    assert (scratch.train.weight_decay, scratch.train.ema) == (0.3, 0.9999)
     assert dataset_name(finetune) == "cells"
 
 
