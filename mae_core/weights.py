@@ -10,6 +10,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,6 +20,7 @@ from mae_core.model import MaskedAutoencoder
 
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _ENCODER = "encoder."
+_DECODER = ("decoder_", "mask_token")
 _SHAPES = "mae_core.shapes"
 
 
@@ -139,6 +141,33 @@ def _agreed(name: str, given: int, known: object, path: Path) -> int:
     return given
 
 
+def _has_decoder(state: dict[str, torch.Tensor]) -> bool:
+    return any(name.startswith(_DECODER) for name in state)
+
+
+def _encoder_sizes(state: dict[str, torch.Tensor], known: dict[str, Any], num_heads: int | None, path: Path) -> Any:
+    """The encoder's sizes, as ``MaskedAutoencoder`` takes them.
+
+    Raises:
+        ValueError: Heads or image size do not fit, or nothing tells them.
+    """
+    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape
+    if num_heads is None:
+        num_heads = written if isinstance(written := known.get("num_heads"), int) else _HEADS.get(width, width // 64)
+    num_heads = _agreed("num_heads", num_heads, known.get("num_heads"), path)
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"{path}: {num_heads} heads do not divide the encoder's width {width}: pass num_heads")
+    return {
+        "image_size": _image_size(state["pos_embed"].shape[1] - 1, patch[-1], known.get("image_size"), path),
+        "patch_size": patch[-1],
+        "channels": patch[1],
+        "width": width,
+        "depth": _depth(state, "blocks"),
+        "num_heads": num_heads,
+        "mlp_ratio": _mlp_ratio(state, width),
+    }
+
+
 def load_official(
     path: str | Path,
     *,
@@ -168,7 +197,7 @@ def load_official(
     """
     path = Path(path)
     state, known = _read(path)
-    if "cls_token" in state and not any(name.startswith(("decoder_", "mask_token")) for name in state):
+    if "cls_token" in state and not _has_decoder(state):
         raise ValueError(f"{path} holds an encoder alone: load it with timm, or give a full checkpoint")
     needed = {"cls_token": 3, "pos_embed": 3, "mask_token": 3}
     needed |= {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
@@ -177,20 +206,8 @@ def load_official(
         raise ValueError(f"{path} is no checkpoint in the official layout: {missing[0]} is missing ({found}, ...)")
     if wrong := [name for name, ndim in needed.items() if state[name].ndim != ndim]:
         raise ValueError(f"{path}: {wrong[0]} has the shape {list(state[wrong[0]].shape)} of another layout")
-    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape
-    if num_heads is None:
-        num_heads = written if isinstance(written := known.get("num_heads"), int) else _HEADS.get(width, width // 64)
-    num_heads = _agreed("num_heads", num_heads, known.get("num_heads"), path)
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(f"{path}: {num_heads} heads do not divide the encoder's width {width}: pass num_heads")
     model = MaskedAutoencoder(
-        image_size=_image_size(state["pos_embed"].shape[1] - 1, patch[-1], known.get("image_size"), path),
-        patch_size=patch[-1],
-        channels=patch[1],
-        width=width,
-        depth=_depth(state, "blocks"),
-        num_heads=num_heads,
-        mlp_ratio=_mlp_ratio(state, width),
+        **_encoder_sizes(state, known, num_heads, path),
         decoder_width=state["mask_token"].shape[-1],
         decoder_depth=_depth(state, "decoder_blocks"),
         decoder_heads=_agreed("decoder_num_heads", decoder_num_heads, known.get("decoder_num_heads"), path),
@@ -202,3 +219,55 @@ def load_official(
     except ValueError as error:
         raise ValueError(f"{path} does not fit the official layout: {error}") from error
     return model
+
+
+def load_weights(
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    normalize_pixels: bool = False,
+) -> tuple[MaskedAutoencoder, bool]:
+    """Builds a model from a full checkpoint in the official layout, or from an encoder alone under timm's keys.
+
+    Args:
+        path: A ``.pth`` file or ``.safetensors``, as ``load_official`` takes it.
+        num_heads: Encoder heads; None: as the file says, else by the width.
+        decoder_num_heads: Decoder heads; None: as the file says, else the paper's 16.
+        normalize_pixels: Whether the checkpoint was trained on normalised pixels; no shape tells.
+
+    Returns:
+        The model on the current default device, and whether the file has a decoder. Where it has none, the
+        model's own is a stub without blocks, drawn at random.
+
+    Raises:
+        ValueError: No checkpoint, keys or shapes of another model, or heads that do not fit.
+        OSError: The file cannot be opened.
+    """
+    path = Path(path)
+    state, known = _read(path)
+    if "cls_token" not in state or _has_decoder(state):
+        if decoder_num_heads is None:
+            decoder_num_heads = written if isinstance(written := known.get("decoder_num_heads"), int) else 16
+        model = load_official(
+            path, num_heads=num_heads, decoder_num_heads=decoder_num_heads, normalize_pixels=normalize_pixels
+        )
+        return model, True
+    needed = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
+    for name, ndim in needed.items():
+        if name not in state or state[name].ndim != ndim:
+            found = list(state[name].shape) if name in state else "missing"
+            raise ValueError(f"{path} is no encoder under timm's keys: {name} is {found}, expected {ndim} dimensions")
+    model = MaskedAutoencoder(
+        **_encoder_sizes(state, known, num_heads, path),
+        decoder_width=4,
+        decoder_depth=0,
+        decoder_heads=1,
+        normalize_pixels=normalize_pixels,
+    )
+    stub = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(_DECODER)}
+    try:
+        load_state(model, state | stub)
+    except ValueError as error:
+        raise ValueError(f"{path} is no encoder under timm's keys: {error}") from error
+    return model, False

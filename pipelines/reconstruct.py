@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from pydantic import Field
 
-from mae_core.encoder_file import load_weights
 from mae_core.masking import num_kept
+from mae_core.weights import load_weights
 from pipelines.cli import parse
 from pipelines.config import SEED_LIMIT, Data, Section
 from pipelines.data.lookup import Samples, find_keys, key_of, read_samples

@@ -43,7 +43,8 @@ from pipelines.tracking import RunDescription, RunRecord, create_run, resolve_tr
 from pipelines.training.build import build_model
 from pipelines.training.launch import check_resources, run_workers
 from pipelines.training.runfolder import RunFolder
-from pipelines.training.transfer import TransferJob, transfer_worker
+from pipelines.training.transfer import transfer_worker
+from pipelines.training.transfer_worker import TransferJob
 from pipelines.transfer_config import (
     Protocol,
     Transfer,

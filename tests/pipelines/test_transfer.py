@@ -19,7 +19,7 @@ from pipelines.data.shards import load_manifest
 from pipelines.errors import UserError
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.scores import interval, summarise
-from pipelines.training.transfer import Look
+from pipelines.training.transfer_cached import Look
 from pipelines.transfer import check_labels, main, read_transfer
 from pipelines.transfer_config import Transfer, TransferData, dataset_name, score_name, units
 

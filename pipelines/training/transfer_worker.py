@@ -1,0 +1,147 @@
+"""What the workers of a transfer have in common: their place, the images, the record."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.collective import broadcast_from_rank_zero
+
+from mae_core.images import normalize
+from mae_core.model import MaskedAutoencoder
+from mae_core.probes import split_indices
+from mae_core.randomness import Purpose, hash_u64
+from mae_core.weights import load_state
+from pipelines.config import Config
+from pipelines.data.feed import join_crew
+from pipelines.data.plan import Cut, Members, Plan
+from pipelines.data.readers import MicroBatch, Stream, View
+from pipelines.data.shards import Manifest
+from pipelines.reading import ReadPolicy
+from pipelines.spool import Spool
+from pipelines.storage import Store
+from pipelines.tracking import start_follower
+from pipelines.training.build import build_model
+from pipelines.training.runfolder import RunFolder
+from pipelines.transfer_config import Transfer
+
+SPLIT_SEED = 0  # the validation split is the same for all seeds and protocols
+
+
+@dataclass(frozen=True)
+class TransferJob:
+    """What the driver hands to every worker.
+
+    Args:
+        transfer: What is asked for, every path absolute.
+        config: Of the pretraining run: model, image size, mean and deviation.
+        state: The pretrained weights in the official layout, in the object store.
+        train: Labelled images to learn from.
+        test: Labelled images that are read once.
+        store: The transfer's folder.
+        console: Actor that takes lines for the driver's terminal.
+    """
+
+    transfer: Transfer
+    config: Config
+    state: Any
+    train: Manifest
+    test: Manifest
+    store: Store
+    console: Any
+
+
+class Worker:
+    """One rank: its share of the images, its replica of the classifier, and on rank 0 the record."""
+
+    def __init__(self, job: TransferJob):
+        context = ray.train.get_context()
+        self.job, self.transfer, self.config = job, job.transfer, job.config
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.crew = join_crew(
+            self.rank, self.world_size, num_cpus=job.transfer.data.cpus_per_task, broadcast=broadcast_from_rank_zero
+        )
+        self.num_classes = len(job.train.classes)
+        self.folder = RunFolder(job.store) if self.rank == 0 else None
+        self.spool = Spool(self.folder.path) if self.folder else None
+        if self.spool:
+            self.spool.status("RUNNING")
+        self.follower = start_follower(self.folder.path) if self.folder else None
+        learn, self.val_ids = split_indices(job.train.num_samples, self.transfer.data.val_share, seed=SPLIT_SEED)
+        self.learn_ids = np.sort(learn)
+        self.unreadable: set[tuple[str, str]] = set()
+
+    def say(self, line: str) -> None:
+        """Shows a line in the driver's terminal."""
+        if self.rank == 0:
+            self.job.console.say.remote(line)
+
+    def close(self) -> None:
+        """Ends what runs beside the work."""
+        if self.follower:
+            self.follower.stop(timeout_s=20.0)
+        if self.folder:
+            self.folder.push()
+
+    def left_out(self, skipped: list[dict[str, str]]) -> None:
+        """Notes images that could not be read, each once."""
+        self.unreadable.update((one["shard"], one["key"]) for one in skipped)
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass."""
+        asked = self.transfer.train.precision
+        bfloat16 = asked == "bfloat16" or (asked == "auto" and self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+
+    def encoder(self, seed: int) -> MaskedAutoencoder:
+        """The pretrained model; from scratch a new one."""
+        values = self.config.model_dump()
+        values["run"]["seed"] = seed
+        model = build_model(Config.model_validate(values))
+        if self.transfer.protocol != "scratch":
+            load_state(model, ray.get(self.job.state))
+        return model.to(self.device)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Of the images that are classified."""
+        asked = self.transfer.data.image_size
+        return asked if min(asked) > 0 else self.config.data.image_size
+
+    @property
+    def crop_share(self) -> float:
+        """Side of the central crop over the image's shorter side."""
+        return self.transfer.data.crop_share or self.config.probe.crop_share
+
+    def members(self, seed: int) -> np.ndarray:
+        """The sample ids that one seed learns from, in order."""
+        fraction, ids = self.transfer.data.label_fraction[0], self.learn_ids
+        if fraction == 1:
+            return ids
+        num = max(1, round(fraction * len(ids)))
+        return np.sort(ids[np.argsort(hash_u64(Purpose.SPLIT, seed, 1, ids), kind="stable")[:num]])
+
+    def stream(self, manifest: Manifest, ids: np.ndarray | None, cut: Cut, end: int, training: int | None) -> Stream:
+        """The images of a training (its seed given), or of an evaluation."""
+        data, num = self.transfer.data, manifest.num_samples if ids is None else len(ids)
+        members = None if ids is None else Members(ids)
+        view = View(
+            self.image_size,
+            self.config.data.channels,
+            training or 0,
+            None if training is None else data.crop_scale,
+            training is not None and data.flip and self.config.data.flip,
+            self.crop_share,
+            "" if training is None else data.auto_augment,
+        )
+        plan = Plan(num, training or 0, end=end, shuffle=training is not None, members=members)
+        return Stream(manifest, plan, cut, view, ReadPolicy(deadline_s=data.deadline_s))
+
+    def images(self, batch: MicroBatch) -> torch.Tensor:
+        """The normalised images_BCHW of a micro-batch."""
+        images_BHWC = torch.from_numpy(batch.images_BHWC.copy()).to(self.device)
+        return normalize(images_BHWC, self.config.data.mean, self.config.data.std)
