@@ -8,6 +8,7 @@ import torch.distributed as dist
 from pipelines.errors import UserError
 from pipelines.training.classification import Classification
 from pipelines.training.scores import summarise
+from pipelines.training.segmentation import Segmentation
 from pipelines.training.transfer_cached import score_cached
 from pipelines.training.transfer_learning import Learning
 from pipelines.training.transfer_worker import TransferJob, Worker
@@ -39,7 +40,8 @@ def _run(worker: Worker) -> None:
     if transfer.protocol in CACHED:
         scored = score_cached(worker)
     else:
-        learning = Learning(worker, Classification(worker))
+        task = Segmentation(worker) if transfer.protocol == "segment" else Classification(worker)
+        learning = Learning(worker, task)
         scored = [learning.learn(seed) for seed in transfer.seeds]
     unreadable = [worker.unreadable]
     if worker.world_size > 1:

@@ -22,6 +22,7 @@ from pipelines.training.scores import interval, summarise
 from pipelines.training.transfer_cached import Look
 from pipelines.transfer import check_labels, main, read_transfer
 from pipelines.transfer_config import Transfer, TransferData, dataset_name, score_name, units
+from tests.masks import pack, write_scenes
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -160,6 +161,27 @@ def test_the_papers_linear_probe_and_scratch_run(pretrained, shards, ray_local, 
     assert main(arguments(pretrained, shards, protocol, *TRAINED)) == 0
     result, _ = result_of(pretrained, f"shapes-{protocol}-")
     assert result["seeds"][0]["chosen"]["steps"] > 4
+
+
+def test_segmentation_learns_masks(pretrained, shards, ray_local, tmp_path):
+    data = {}
+    for split, num, seed in (("train", 160, 0), ("test", 40, 1)):
+        write_scenes(tmp_path / split, num, seed=seed)
+        _, manifest = pack(tmp_path / split, tmp_path / split / "shards")
+        data[split] = manifest.location
+    more = ["--data.image-size", "32", "32", "--seeds", "0", "1", "--train.epochs", "12", "--data.name", "scenes"]
+    assert main(arguments(pretrained, data, "segment", *more)) == 0
+    result, folder = result_of(pretrained, "scenes-segment-")
+    test = [one["test"] for one in result["seeds"]]
+    print(result)
+    assert min(test) > 60
+    assert result["scores"]["test/miou_interval"] == pytest.approx(interval(test))
+    confusion_CC = np.array(result["confusion"])
+    iou_C = confusion_CC.diagonal() / (confusion_CC.sum(0) + confusion_CC.sum(1) - confusion_CC.diagonal())
+    assert result["per_class"] == pytest.approx(100 * iou_C)
+    assert confusion_CC.sum() == 2 * 40 * 32 * 32
+    assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert ("transfer/scenes/segment_miou", result["scores"]["test/miou"]) in scores(pretrained)
 
 
 @pytest.mark.chaos
