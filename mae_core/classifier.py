@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from timm.layers.drop import DropPath, calculate_drop_path_rates
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import (
@@ -100,7 +101,7 @@ class Classifier(nn.Module):
         projection = self.encoder.patch_embed.proj.weight
         linear = make_linear(self.width, num_classes, std=0.01 if head == "batchnorm" else 2e-5, seed=seed)
         if head == "batchnorm":
-            self.head = nn.Sequential(nn.BatchNorm1d(self.width, affine=False, eps=1e-6), linear)
+            self.head = nn.Sequential(BatchNorm(self.width), linear)
         else:
             self.head = linear
         self.head.to(projection.device, projection.dtype)
@@ -178,6 +179,40 @@ class Classifier(nn.Module):
         if self.trained_blocks == 0.5:
             last: Any = self.encoder.blocks[-1]
             yield from (last.norm1, last.attn, last.drop_path1)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm of features [B, D] without affine parameters, in training over the batches of all workers together.
+
+    torch's ``SyncBatchNorm`` does so on GPUs alone. Here every worker of the default process group must come with
+    equally many rows, of a frozen encoder: no gradient goes through. Without a process group it is
+    ``nn.BatchNorm1d``, with its state dict.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, affine=False, eps=1e-6)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalises features, in their own dtype."""
+        world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if not self.training or world_size == 1:
+            return super().forward(input)
+        assert not input.requires_grad, "no gradient goes through the statistics of other workers"
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        features_BD, rows = input.float(), world_size * len(input)
+        mean_D = features_BD.sum(dim=0)
+        dist.all_reduce(mean_D)
+        mean_D /= rows
+        # Around the common mean: a difference of second moments would cancel.
+        squares_D = (features_BD - mean_D).square().sum(dim=0)
+        dist.all_reduce(squares_D)
+        self.running_mean.lerp_(mean_D, self.momentum)
+        self.running_var.lerp_(squares_D / (rows - 1), self.momentum)
+        self.num_batches_tracked += 1
+        return ((features_BD - mean_D) * (squares_D / rows + self.eps).rsqrt()).to(input.dtype)
 
 
 def make_linear(width: int, num_classes: int, *, std: float, seed: int) -> nn.Linear:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -85,3 +86,24 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """
     for group in optimizer.param_groups:
         group["lr"].fill_(lr)
+
+
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of a model's weights; its buffers are the model's own.
+
+    After each step ``update_parameters(model)``. Before the step t, counted from 0, takes part in it the average is
+    multiplied by ``min(decay, (1 + t) / (10 + t))``; the first step's weights are taken as they are. The paper's 0.9999
+    (appendix A.1, table 9, from scratch) remembers 10,000 steps: without that warm-up a shorter training would be
+    scored by the weights that it began with. The state dict holds the count of steps too.
+
+    Args:
+        model: Copied, on its device, as it is.
+        decay: In [0, 1).
+    """
+
+    def update(averages: Any, currents: Any, num_averaged: torch.Tensor | int) -> None:
+        share = 1 - min(decay, (1 + int(num_averaged)) / (10 + int(num_averaged)))
+        for average, current in zip(averages, currents, strict=True):
+            average.lerp_(current, share)
+
+    return AveragedModel(model, multi_avg_fn=update)

@@ -6,7 +6,7 @@ Shapes: B batch, N patches (h x w of them), D width, C classes, H W mask.
 import torch
 from torch import nn
 
-from mae_core.classifier import Classifier, freeze, make_linear, training_flops
+from mae_core.classifier import BatchNorm, Classifier, freeze, make_linear, training_flops
 from mae_core.mask_images import IGNORE
 from mae_core.model import MaskedAutoencoder
 
@@ -28,7 +28,7 @@ class PatchHead(nn.Module):
         """
         super().__init__()
         self.grid_size = grid_size
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.norm = BatchNorm(width)
         self.linear = make_linear(width, num_classes, std=0.01, seed=seed)
 
     def forward(self, patches_BND: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Sends to MLflow what it does not have yet of a run's record: after a server was down, or a trainer killed.
+"""Sends MLflow what it lacks of the records of a run and its transfers: after a server was down, or a trainer killed.
 
 python -m pipelines.sync NAME [--storage runs] [--tracking-uri http://...]
 """
@@ -19,7 +19,7 @@ from pipelines.tracking import RUN_FILE, RunRecord, absolute_tracking_uri, quiet
 
 
 class Args(pydantic.BaseModel):
-    """Send what MLflow does not have yet of a run's record."""
+    """Send what MLflow does not have yet of the records of a run and of its transfers."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -32,24 +32,47 @@ class Args(pydantic.BaseModel):
 
 
 def main() -> int:
-    """Sends one run's record and says what it sent."""
+    """Sends the records of one run and of its transfers, and says what it sent."""
     args = parse(Args, prog="python -m pipelines.sync")
     folder = run_folder(args.name, args.storage)
-    uri = absolute_tracking_uri(args.tracking_uri) if args.tracking_uri else tracking_uri(folder)
+    asked = absolute_tracking_uri(args.tracking_uri) if args.tracking_uri else ""
 
     # Not before the arguments are known to be right, as importing MLflow takes seconds, nor without these settings.
     os.environ.update(quiet_environment())
     from pipelines.sender import Sender
 
-    sent = Sender(folder, uri, may_create=True).send()
-    print(f"{args.name}: sent {sent.points} points and {sent.files} files to {redact(uri)}, {sent.left} lines left")
-    if sent.problem:
-        raise UserError(f"{sent.problem}: the record is safe in {folder / SPOOL_FILE}, run this again later")
+    problems: list[str] = []
+    for one in recorded(folder):
+        if one != folder:
+            _adopt(one, folder)
+        uri = asked or tracking_uri(one)
+        sent = Sender(one, uri, may_create=True).send()
+        name = one.relative_to(folder.parent).as_posix()
+        print(f"{name}: sent {sent.points} points and {sent.files} files to {redact(uri)}, {sent.left} lines left")
+        if sent.problem:
+            problems.append(f"{sent.problem}: the record is safe in {one / SPOOL_FILE}, run this again later")
+    if problems:
+        more = f" (and {len(problems) - 1} more like this)" if len(problems) > 1 else ""
+        raise UserError(problems[0] + more)
     return 0
 
 
+def recorded(folder: Path) -> list[Path]:
+    """The folders with a record: a run's own, then those of its transfers."""
+    found = [folder / RUN_FILE, *sorted(folder.glob(f"transfer/*/{RUN_FILE}"))]
+    return [path.parent for path in found if path.is_file()]
+
+
+def _adopt(transfer: Path, folder: Path) -> None:
+    """Tells a transfer its parent in MLflow, which that may not have had before, or not in this MLflow."""
+    parent = RunRecord.read(folder).mlflow_run_id if (folder / RUN_FILE).is_file() else None
+    record = RunRecord.read(transfer)
+    if parent and record.parent_run_id != parent:
+        record.model_copy(update={"parent_run_id": parent}).write(transfer)
+
+
 def run_folder(name: str, storage: str) -> Path:
-    """The folder of a run that has a record.
+    """The folder of a run that has a record, or transfers that have one.
 
     Raises:
         UserError: There is no such run; the text lists those with a similar name.
@@ -58,7 +81,7 @@ def run_folder(name: str, storage: str) -> Path:
     if not store.is_local:
         raise UserError(f"{storage} is an object store: copy {storage}/{name} into a folder here, and sync that")
     folder = store.local(name)
-    if not (folder / RUN_FILE).is_file():
+    if not recorded(folder):
         runs = [other for other in store.names() if store.exists(f"{other}/{RUN_FILE}")]
         near = difflib.get_close_matches(name, runs, n=5, cutoff=0.5)
         found = f"did you mean {', '.join(near)}?" if near else f"found {', '.join(runs[:5]) or 'no run at all'}"

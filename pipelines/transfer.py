@@ -409,6 +409,9 @@ def told(transfer: Transfer, result: dict[str, Any], store: Store, seconds: floa
         f"  validation {scores[f'val/{name}']:.2f} %{' mIoU' if name == 'miou' else ''}",
         f"  test       {scores[f'test/{name}']:.2f} %{spread}; read at the end, nothing is chosen there",
     ]
+    if result["tried"]:
+        chosen = result["seeds"][0]["chosen"]["base_lr"]
+        lines.append(f"  base_lr    {chosen:g}, the best of {len(result['tried'])} on the validation split")
     if scores["train/flops"]:
         lines.append(f"  training   {scores['time/train_s']:.0f} s, {scores['train/flops'] / 1e15:.3g} PFLOP a seed")
     if result["unreadable"]:

@@ -4,6 +4,7 @@ Each protocol has a recipe of its own (the paper, appendix A.1, tables 9 and 10,
 differs); flags go over it.
 """
 
+import math
 import re
 from typing import Any, Literal
 
@@ -61,6 +62,9 @@ class TransferTrain(Section):
     """lars: as in the paper's linear probe."""
     base_lr: float = Field(default=1e-3, gt=0)
     """Learning rate for 256 images a step; it scales with the global batch."""
+    base_lrs: tuple[float, ...] = ()
+    """Several in place of base_lr: each is trained with the first seed, and all seeds take the best on the validation
+    split."""
     warmup_epochs: float = Field(default=5.0, ge=0)
     """Epochs over which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.05, ge=0)
@@ -79,6 +83,9 @@ class TransferTrain(Section):
     """CutMix's alpha; 0: none."""
     erasing: float = Field(default=0.0, ge=0, le=1)
     """Probability of random erasing."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of the moving average of the weights, which is what is scored; 0: none. It rises with the steps t, as
+    (1 + t) / (10 + t), so that a short training is not spoilt by its beginning."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on a GPU, float32 on a CPU."""
 
@@ -153,6 +160,12 @@ class Transfer(Section):
             raise ValueError(f"data.crop_scale must rise within (0, 1], found {self.data.crop_scale}")
         if not all(0 <= beta < 1 for beta in self.train.betas):
             raise ValueError(f"train.betas must lie in [0, 1), found {self.train.betas}")
+        rates = self.train.base_lrs
+        if len(set(rates)) != len(rates) or not all(0 < rate < math.inf for rate in rates):
+            raise ValueError(f"train.base_lrs must be different numbers above 0, found {rates}")
+        for name, given in (("base_lrs", rates), ("ema", self.train.ema)):
+            if given and self.protocol in CACHED:
+                raise ValueError(f"train.{name} is for the protocols that train, not for {self.protocol}")
         if (self.train.mixup or self.train.cutmix) and self.train.micro_size % 2:
             raise ValueError(f"train.micro_size must be even for mixup and cutmix, found {self.train.micro_size}")
         return self
@@ -186,6 +199,7 @@ _SCRATCH: dict[str, Any] = {
     "weight_decay": 0.3,
     "betas": (0.9, 0.95),
     "layer_decay": 1.0,
+    "ema": 0.9999,
 }
 # No recipe of the paper's: what linear segmentation on frozen features mostly takes, a rate of 1e-3 for 16 images.
 _SEGMENT: dict[str, Any] = {

@@ -1,7 +1,4 @@
-"""What the protocols that train a classifier learn: its model, loss and score, as ``transfer_learning`` asks for them.
-
-With several workers the BatchNorm of the linear probe takes each worker's own statistics.
-"""
+"""What the protocols that train a classifier learn: its model, loss and score."""
 
 import numpy as np
 import torch

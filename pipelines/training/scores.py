@@ -30,6 +30,7 @@ def summarise(transfer: Transfer, scored: list[dict[str, Any]], unreadable: int)
             {"seed": one["seed"], "val": v, "test": t, "chosen": one["chosen"]}
             for one, v, t in zip(scored, val, test, strict=True)
         ],
+        "tried": scored[0].get("tried", []),
         "test_read": "at the end, once a seed; all that is chosen is chosen on the validation split",
         "confusion": confusion_CC.tolist(),
         "per_class": _per_class(confusion_CC) if name == "top1" else _iou_per_class(confusion_CC),

@@ -1,7 +1,4 @@
-"""What the protocol ``segment`` learns: a linear head on frozen patch tokens, as ``transfer_learning`` asks for it.
-
-With several workers the head's BatchNorm takes each worker's own statistics.
-"""
+"""What the protocol ``segment`` learns: a linear head on frozen patch tokens."""
 
 import numpy as np
 import torch

@@ -36,20 +36,18 @@ def transfer_worker(job: TransferJob) -> None:
 
 def _run(worker: Worker) -> None:
     """All seeds, each where an earlier attempt has left off; then the result is written."""
-    transfer = worker.transfer
-    if transfer.protocol in CACHED:
+    if worker.transfer.protocol in CACHED:
         scored = score_cached(worker)
     else:
-        task = Segmentation(worker) if transfer.protocol == "segment" else Classification(worker)
-        learning = Learning(worker, task)
-        scored = [learning.learn(seed) for seed in transfer.seeds]
+        task = Segmentation(worker) if worker.transfer.protocol == "segment" else Classification(worker)
+        scored = Learning(worker, task).learn()
     unreadable = [worker.unreadable]
     if worker.world_size > 1:
         unreadable = [set() for _ in range(worker.world_size)]
         dist.all_gather_object(unreadable, worker.unreadable)
     if not (worker.spool and worker.folder):
         return
-    result = summarise(transfer, scored, len(set().union(*unreadable)))
+    result = summarise(worker.transfer, scored, len(set().union(*unreadable)))
     worker.spool.metrics(0, {key: value for key, value in result["scores"].items() if value is not None})
     worker.folder.write("result.json", json.dumps(result, indent=2))
     worker.spool.artifact("result.json")

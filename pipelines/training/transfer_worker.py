@@ -65,7 +65,7 @@ class Worker:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.crew = join_crew(
-            self.rank, self.world_size, num_cpus=job.transfer.data.cpus_per_task, broadcast=broadcast_from_rank_zero
+            self.rank, self.world_size, num_cpus=job.transfer.data.cpus_per_task, broadcast=self.agree
         )
         self.num_classes = job.num_classes
         self.folder = RunFolder(job.store) if self.rank == 0 else None
@@ -88,6 +88,10 @@ class Worker:
             self.follower.stop(timeout_s=20.0)
         if self.folder:
             self.folder.push()
+
+    def agree(self, value: Any) -> Any:
+        """What rank 0 gave, on all ranks."""
+        return broadcast_from_rank_zero(value)
 
     def left_out(self, skipped: list[dict[str, str]]) -> None:
         """Notes images that could not be read, each once."""

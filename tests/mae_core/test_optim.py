@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mae_core.model import MaskedAutoencoder
-from mae_core.optim import lr_at, make_optimizer, parameter_groups, peak_lr, set_lr
+from mae_core.optim import lr_at, make_average, make_optimizer, parameter_groups, peak_lr, set_lr
 
 
 def small_model() -> MaskedAutoencoder:
@@ -83,3 +84,20 @@ def test_found_inf_skips_a_step_without_a_trace():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     for state, kept in zip(optimizer.state.values(), moments, strict=True):
         assert all(torch.equal(state[key], kept[key]) for key in kept)
+
+
+def test_the_average_is_the_one_by_hand_and_survives_a_stop():
+    model = nn.Linear(1, 1, bias=False)
+    weights = [3.0, 5.0, -1.0, 2.0]
+    expected, averages = 0.0, [make_average(model, 0.25)]
+    for t, weight in enumerate(weights):
+        with torch.no_grad():
+            model.weight.fill_(weight)
+        averages[-1].update_parameters(model)
+        decay = min(0.25, (1 + t) / (10 + t)) if t else 0.0
+        expected = decay * expected + (1 - decay) * weight
+        assert averages[-1].module.get_parameter("weight").item() == pytest.approx(expected)
+        averages.append(make_average(nn.Linear(1, 1, bias=False), 0.25))
+        averages[-1].load_state_dict(averages[-2].state_dict())
+    # 2/11 and 3/12 are below and at the decay: both kinds have been seen
+    assert expected == pytest.approx(0.25 * (0.25 * (2 / 11 * 3 + 9 / 11 * 5) - 0.75) + 0.75 * 2)
