@@ -58,7 +58,32 @@ def decode(data: bytes | memoryview, channels: int = 3, *, max_pixels: int = MAX
         image_HWC = _decode_plain_jpeg(data, _COLOURS[channels], max_pixels)
         if image_HWC is not None:
             return image_HWC
-    return _decode_by_pillow(data, _MODES[channels], max_pixels)
+    return decode_by_pillow(data, _MODES[channels], max_pixels)
+
+
+def decode_by_pillow(data: bytes | memoryview, mode: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """What ``decode`` does for all but plain JPEGs, to one of Pillow's modes: ``P`` keeps the indices of a palette."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow: oddities of files that it reads all the same
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
+                _check_pixels(*file.size, max_pixels)
+                file.load()
+                image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):
+                image = _upper_byte(image)
+            elif image.mode == "F":
+                raise ImageError("unsupported", "pixels are floating-point numbers")
+            pixels = np.array(image.convert(mode))
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError("not_an_image", str(error)) from None
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise ImageError("too_large", str(error)) from None
+    except Exception as error:  # a hostile file can make a decoder raise anything
+        raise ImageError(_reason(error), f"{type(error).__name__}: {error}") from None
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def random_resized_crops(
@@ -251,30 +276,6 @@ def _find_exif(data: bytes | memoryview) -> int:
             return at + 4
         at += 2 + length
     return bytes(data[:_EXIF_WITHIN]).find(_EXIF_MAGIC)
-
-
-def _decode_by_pillow(data: bytes | memoryview, mode: str, max_pixels: int) -> np.ndarray:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow: oddities of files that it reads all the same
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
-                _check_pixels(*file.size, max_pixels)
-                file.load()
-                image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):
-                image = _upper_byte(image)
-            elif image.mode == "F":
-                raise ImageError("unsupported", "pixels are floating-point numbers")
-            pixels = np.array(image.convert(mode))
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ImageError("not_an_image", str(error)) from None
-    except (Image.DecompressionBombError, MemoryError) as error:
-        raise ImageError("too_large", str(error)) from None
-    except Exception as error:  # a hostile file can make a decoder raise anything
-        raise ImageError(_reason(error), f"{type(error).__name__}: {error}") from None
-    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _upper_byte(image: Image.Image) -> Image.Image:

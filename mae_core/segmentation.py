@@ -6,7 +6,9 @@ Shapes: B batch, N patches (h x w of them), D width, C classes, H W mask.
 import torch
 from torch import nn
 
-from mae_core.classifier import BatchNorm, make_linear
+from mae_core.classifier import BatchNorm, Classifier, freeze, make_linear, training_flops
+from mae_core.mask_images import IGNORE
+from mae_core.model import MaskedAutoencoder
 
 
 class PatchHead(nn.Module):
@@ -51,7 +53,47 @@ class PatchHead(nn.Module):
         return nn.functional.interpolate(logits_BChw, size=size, mode="bilinear", align_corners=False)
 
 
-def confusion(pred: torch.Tensor, target: torch.Tensor, num_classes: int, ignore: int = 255) -> torch.Tensor:
+class Segmenter(Classifier):
+    """A frozen copy of an autoencoder's encoder with a ``PatchHead`` on it, that alone trains."""
+
+    def __init__(
+        self,
+        autoencoder: MaskedAutoencoder,
+        num_classes: int,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Copies the encoder, on its own device, and adds the head.
+
+        Args:
+            autoencoder: Left as it is.
+            num_classes: C.
+            image_size: Pixels a side, or (H, W), of images and masks; None means the autoencoder's.
+            seed: Of the head's weights.
+
+        Raises:
+            ValueError: The image size is not divisible by the patch size, or there are no classes.
+        """
+        super().__init__(autoencoder, num_classes, image_size=image_size)
+        projection = self.encoder.patch_embed.proj.weight
+        self.head = PatchHead(self.width, num_classes, self.grid_size, seed=seed)
+        self.head.to(projection.device, projection.dtype)
+        freeze(self, 0)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Classifies every pixel of images, given as to ``encode``; returns ``logits_BCHW`` of C classes."""
+        return self.head(self.encode(images_BCHW)[:, 1:], self.image_size)
+
+
+def segmentation_flops(segmenter: Segmenter) -> int:
+    """FLOPs of one training step an image, as ``training_flops`` counts them."""
+    head = 2 * segmenter.width * segmenter.num_classes
+    # Forward and the gradient of its weights, for each patch instead of once.
+    return training_flops(segmenter) + 2 * (segmenter.num_patches - 1) * head
+
+
+def confusion(pred: torch.Tensor, target: torch.Tensor, num_classes: int, ignore: int = IGNORE) -> torch.Tensor:
     """Counts pixels by true (row) and predicted (column) class; counts of batches and of workers add up.
 
     Args:
@@ -80,6 +122,17 @@ def confusion(pred: torch.Tensor, target: torch.Tensor, num_classes: int, ignore
     return torch.bincount(target * num_classes + pred, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def class_iou(confusion_CC: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of each class, in percent: float64 [C], NaN where it is neither true nor predicted.
+
+    Args:
+        confusion_CC: From ``confusion``, summed over the whole data first.
+    """
+    hits_C = confusion_CC.diagonal().double()
+    union_C = (confusion_CC.sum(dim=0) + confusion_CC.sum(dim=1)).double() - hits_C
+    return 100 * hits_C / union_C
+
+
 def mean_iou(confusion_CC: torch.Tensor) -> float:
     """Mean over the classes of intersection over union, in percent.
 
@@ -91,9 +144,6 @@ def mean_iou(confusion_CC: torch.Tensor) -> float:
     Raises:
         ValueError: No pixel was counted.
     """
-    hits_C = confusion_CC.diagonal().double()
-    union_C = (confusion_CC.sum(dim=0) + confusion_CC.sum(dim=1)).double() - hits_C
-    present_C = union_C > 0
-    if not present_C.any():
+    if not confusion_CC.any():
         raise ValueError("no pixel was counted: the masks are empty, or all of them are to be ignored")
-    return 100 * (hits_C[present_C] / union_C[present_C]).mean().item()
+    return class_iou(confusion_CC).nanmean().item()

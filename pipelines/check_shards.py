@@ -37,7 +37,7 @@ class CheckShards(BaseModel):
     split: str = Field("", pattern=r"^[A-Za-z0-9_-]*$")
     """With --write: name of the split; what _info.json says, or 'train', where empty."""
     decode: bool = False
-    """Decode every image, too."""
+    """Decode every image and every mask, too."""
     workers: int = Field(0, ge=0)
     """Tasks at once; 0: as many as there are CPUs."""
 
@@ -52,6 +52,7 @@ class Checked:
         sha256: Its digest.
         num_samples: Samples in it.
         top_label: Its highest label, -1 where it has none.
+        mask_classes: The highest class in its masks, and 1; 0 where it has none, or they were not decoded.
         problems: What is wrong, a line each.
     """
 
@@ -60,6 +61,7 @@ class Checked:
     sha256: str = ""
     num_samples: int = 0
     top_label: int = -1
+    mask_classes: int = 0
     problems: tuple[str, ...] = ()
 
 
@@ -103,7 +105,7 @@ def _write(args: CheckShards, store: Store, sizes: dict[str, int], tars: list[st
         raise UserError(f"{store.location} holds no .tar: nothing to index")
     if STATE in sizes and INFO not in sizes:
         raise UserError(f"packing into {store.location} was not finished: run pipelines.make_shards again")
-    split, classes = _known_info(store, sizes)
+    split, classes, mask_classes = _known_info(store, sizes)
     split = args.split or split
     found = {checked.name: checked for checked in _run(args, store, tars, None)}
     problems = [line for checked in found.values() for line in checked.problems]
@@ -124,16 +126,17 @@ def _write(args: CheckShards, store: Store, sizes: dict[str, int], tars: list[st
         shard_bytes=tuple(shard.num_bytes for shard in shards),
         shard_digests=tuple(shard.sha256 for shard in shards),
         classes=classes if num_classes else (),
+        mask_classes=max(mask_classes, *(shard.mask_classes for shard in shards)),
     )
     store.write(INFO, encode_info(manifest))
     print(f"indexed {len(tars)} shards of split '{split}': {manifest.num_samples:,} images, {num_classes} classes")
     return 0
 
 
-def _known_info(store: Store, sizes: dict[str, int]) -> tuple[str, tuple[str, ...]]:
-    """Split and class names of an ``_info.json`` that is there already, ours or timm's."""
+def _known_info(store: Store, sizes: dict[str, int]) -> tuple[str, tuple[str, ...], int]:
+    """Split, class names and classes of masks in an ``_info.json`` that is there already, ours or timm's."""
     if INFO not in sizes:
-        return "train", ()
+        return "train", (), 0
     info = read_info(store, sizes)
     splits = info.get("splits") if isinstance(info, dict) else None
     if not isinstance(splits, dict) or not all(isinstance(split, dict) for split in splits.values()):
@@ -143,7 +146,7 @@ def _known_info(store: Store, sizes: dict[str, int]) -> tuple[str, tuple[str, ..
             f"{store.path(INFO)} describes {len(splits)} splits, and one directory holds one: move each to its own"
         )
     ((name, split),) = splits.items()
-    return str(name), tuple(map(str, split.get("classes", ())))
+    return str(name), tuple(map(str, split.get("classes", ()))), int(split.get("mask_classes", 0))
 
 
 def _run(args: CheckShards, store: Store, names: Sequence[str], manifest: Manifest | None) -> Iterator[Checked]:
@@ -185,13 +188,18 @@ def check_shard(store: Store, name: str, manifest: Manifest | None, position: in
                 store.write(index_name(name), content)
             else:
                 problems += _compare(store, name, manifest, position, index, num_bytes, digest)
+            mask_classes = 0
             if decode:
-                problems += _decode_all(name, file, index)
+                broken, mask_classes = _decode_all(name, file, index)
+                problems += broken
+                known = manifest.mask_classes if manifest else 0
+                if 0 < known < mask_classes:
+                    problems.append(f"{name}: class {mask_classes - 1} in its masks, and {INFO} has {known} classes")
     except FileNotFoundError:
         return Checked(name, problems=(f"{name}: is missing",))
     except ValueError as error:
         return Checked(name, problems=(f"{name}: {error}",))
-    return Checked(name, num_bytes, digest, len(index), int(index.label_S.max()), tuple(problems))
+    return Checked(name, num_bytes, digest, len(index), int(index.label_S.max()), mask_classes, tuple(problems))
 
 
 @contextmanager
@@ -240,21 +248,35 @@ def _compare(
         and list(written.extensions) == list(index.extensions)
     )
     if not same:
-        yield f"{name}: {index_name(name)} was made of another tar: run {PROG} DIR --write"
+        yield f"{name}: {index_name(name)} does not say what the tar holds: run {PROG} DIR --write"
 
 
-_COLUMNS = ("offset_S", "size_S", "label_S")
+_COLUMNS = ("offset_S", "size_S", "label_S", "mask_offset_S", "mask_size_S")
 
 
-def _decode_all(name: str, file: BinaryIO, index: ShardIndex) -> Iterator[str]:
+def _decode_all(name: str, file: BinaryIO, index: ShardIndex) -> tuple[list[str], int]:
+    """What is wrong with the images and the masks of a shard, and the masks' highest class, and 1."""
     from mae_core.images import decode
+    from mae_core.mask_images import check_mask_size, decode_mask, num_mask_classes
 
-    for key, offset, size in zip(index.keys, index.offset_S.tolist(), index.size_S.tolist(), strict=True):
+    def read(offset: int, size: int) -> bytes:
         file.seek(offset)
+        return file.read(size)
+
+    problems, mask_classes = [], 0
+    columns = (index.offset_S, index.size_S, index.mask_offset_S, index.mask_size_S)
+    for key, *where in zip(index.keys, *(column.tolist() for column in columns), strict=True):
+        what = ""
         try:
-            decode(file.read(size))
+            height, width, _ = decode(read(*where[:2])).shape
+            if where[3]:
+                what = "mask: "
+                mask_HW = decode_mask(read(*where[2:]))
+                mask_classes = max(mask_classes, num_mask_classes(mask_HW))
+                check_mask_size(mask_HW, height, width)
         except ValueError as error:
-            yield f"{name}: {key}: {error}"
+            problems.append(f"{name}: {key}: {what}{error}")
+    return problems, mask_classes
 
 
 if __name__ == "__main__":

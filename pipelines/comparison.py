@@ -29,6 +29,7 @@ OWN_KEYS = ("run.name", "run.storage")
 _LOSS_KEYS = re.compile(
     r"model\.(target|mask\w*|patch_size)|mask\..*|data\.(image_size|channels|mean|std|crop_scale|digest)"
 )
+_PERCENT = ("_top1", "_miou")
 _LARGEST = 1e300
 _BUCKETS = 150
 
@@ -179,7 +180,7 @@ def score_rows(runs: Sequence[Run]) -> list[tuple[str, list[str], set[int]]]:
     rows = []
     for key in keys:
         values = {i: run.curves[key][-1][1] for i, run in enumerate(runs) if key in run.curves}
-        ranks = len(values) > 1 and key.endswith("_top1") and "random_" not in key
+        ranks = len(values) > 1 and key.endswith(_PERCENT) and "random_" not in key
         best = {i for i, value in values.items() if ranks and value == max(values.values())}
         rows.append((key, [run.score(key) for run in runs], best))
     return rows
@@ -200,7 +201,7 @@ def shown(config: dict[str, Any], key: str) -> str:
 
 def number(key: str, value: float) -> str:
     """A metric's value as a person reads it."""
-    return f"{value:.2f} %" if key.endswith("_top1") else f"{value:.4g}"
+    return f"{value:.2f} %" if key.endswith(_PERCENT) else f"{value:.4g}"
 
 
 def thin(points: Points) -> Points:

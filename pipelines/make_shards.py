@@ -14,7 +14,7 @@ from pipelines.cli import parse
 from pipelines.data.index import index_name, read_index
 from pipelines.data.packing import Packing, PackingOptions, ShardPlan, group_shards, plan_packing
 from pipelines.data.shards import INFO, STATE, Manifest, encode_info, file_sizes
-from pipelines.data.sources import Source, find_source, list_images
+from pipelines.data.sources import Source, find_source, list_images, list_masks
 from pipelines.data.writing import write_shards
 from pipelines.errors import UserError, run_command
 from pipelines.storage import Store, absolute
@@ -47,6 +47,9 @@ class MakeShards(BaseModel):
     """JPEG quality of images that --resize makes smaller."""
     labels: Literal["auto", "none"] = "auto"
     """Whether class folders become labels."""
+    masks: str = ""
+    """Folder of segmentation masks, a .png of the same relative path for each image: 8-bit grey or a palette, whose
+    indices are the classes, 255 where a pixel does not count. Images that cannot be decoded are left out then."""
     workers: int = Field(0, ge=0)
     """Tasks at once; 0: as many as there are CPUs."""
     overwrite: bool = False
@@ -102,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         labels=args.labels == "auto",
     )
     listing = list_images(find_source(args.source), args.split, _say_listed())
-    packing = plan_packing(listing, options)
+    packing = plan_packing(listing, options, list_masks(listing, args.masks) if args.masks else None)
     waiting = _prepare(store, packing, overwrite=args.overwrite)
     if waiting is None:
         print(f"{store.location} already holds these {len(listing.paths):,} images: nothing to do")
@@ -283,6 +286,7 @@ def _finish(packing: Packing, store: Store) -> tuple[Manifest, int]:
         shard_bytes=tuple(int(facts["tar_bytes"]) for _, facts in read),
         shard_digests=tuple(facts["tar_sha256"] for _, facts in read),
         classes=packing.classes,
+        mask_classes=max(int(facts.get("mask_classes", 0)) for _, facts in read),
     )
     if skipped:
         store.write(_SKIPPED, "".join(json.dumps(line) + "\n" for line in skipped))
@@ -295,6 +299,8 @@ def _finish(packing: Packing, store: Store) -> tuple[Manifest, int]:
 def _summarise(manifest: Manifest, num_skipped: int, left_out: dict[str, int], taken: float) -> None:
     classes = ", ".join(manifest.classes[:3]) + (", ..." if len(manifest.classes) > 3 else "")
     classes = f" in {len(manifest.classes)} classes ({classes})" if manifest.labelled else " without labels"
+    if manifest.mask_classes:
+        classes += f", masks of {manifest.mask_classes} classes"
     size = sum(manifest.shard_bytes) / 1e6
     line = f"packed {manifest.num_samples:,} images{classes} into {len(manifest.shard_names)} shards"
     line += f", {size:,.1f} MB, in {taken:.1f} s"

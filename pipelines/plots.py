@@ -17,7 +17,7 @@ class Point:
     Args:
         x: Where it stands; equal distances are drawn between the x of a plot, in their order.
         label: What stands below it.
-        top1: Percent.
+        score: Percent.
         half: Half of its 95 % interval; None where there is a single seed.
         seconds: Of training; 0 where there was none.
         flops: Of training.
@@ -25,18 +25,19 @@ class Point:
 
     x: float
     label: str
-    top1: float
+    score: float
     half: float | None
     seconds: float = 0.0
     flops: float = 0.0
 
 
-def draw_scores(lines: Mapping[str, Sequence[Point]], x_title: str, title: str, path: Path) -> None:
-    """Draws top-1 over what was varied, and where training cost something, top-1 over its cost beside it.
+def draw_scores(lines: Mapping[str, Sequence[Point]], x_title: str, y_title: str, title: str, path: Path) -> None:
+    """Draws scores over what was varied, and where training cost something, over its cost beside it.
 
     Args:
         lines: The points of each line, by its name.
         x_title: What was varied.
+        y_title: What the scores are.
         title: Of the whole.
         path: PNG file to write.
     """
@@ -50,11 +51,11 @@ def draw_scores(lines: Mapping[str, Sequence[Point]], x_title: str, title: str, 
     for (name, points), colour, mark in zip(lines.items(), _COLOURS, _MARKS, strict=False):
         points = sorted(points, key=lambda point: point.x)
         half = [point.half or 0.0 for point in points]
-        top1 = [point.top1 for point in points]
+        scores = [point.score for point in points]
         style = {"color": colour, "marker": mark, "capsize": 3}
-        axes[0].errorbar([places[point.x] for point in points], top1, yerr=half, label=name, **style)
+        axes[0].errorbar([places[point.x] for point in points], scores, yerr=half, label=name, **style)
         if costs:
-            paid = [(point.flops / 1e12, one, point) for point, one in zip(points, top1, strict=True) if point.flops]
+            paid = [(point.flops / 1e12, one, point) for point, one in zip(points, scores, strict=True) if point.flops]
             axes[1].plot([cost for cost, _, _ in paid], [one for _, one, _ in paid], mark, color=colour, label=name)
             for cost, one, point in paid:
                 axes[1].annotate(f"{point.label} ({point.seconds:.0f} s)", (cost, one), fontsize=7, xytext=(3, 3),
@@ -65,7 +66,7 @@ def draw_scores(lines: Mapping[str, Sequence[Point]], x_title: str, title: str, 
         axes[1].set_xlabel("training, TFLOP a seed")
         axes[1].set_xscale("log")
     for axis in axes:
-        axis.set_ylabel("top-1, %")
+        axis.set_ylabel(y_title)
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             axis.legend()

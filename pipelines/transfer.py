@@ -32,7 +32,7 @@ from pipelines import provenance
 from pipelines.cli import parse_with_file
 from pipelines.config import Config, flat
 from pipelines.console import Console
-from pipelines.data.shards import Manifest, load_manifest
+from pipelines.data.shards import Manifest, load_index, load_manifest
 from pipelines.errors import UserError, run_command
 from pipelines.plots import Point, draw_scores
 from pipelines.ray_session import connect
@@ -51,6 +51,7 @@ from pipelines.transfer_config import (
     TransferData,
     TransferTrain,
     dataset_name,
+    metric,
     recipe,
     score_name,
     units,
@@ -108,14 +109,45 @@ def check_labels(train: Manifest, test: Manifest) -> None:
     for name, manifest in (("data.train", train), ("data.test", test)):
         if not manifest.classes:
             raise UserError(f"{name}: the shards in {manifest.location} have no labels, and a transfer needs them")
-    if train.num_samples < 2:
-        raise UserError(f"data.train: {train.num_samples} images cannot be split into learning and validation")
+    _check_split(train)
     if train.classes[: len(test.classes)] != test.classes:
         missing = sorted(set(test.classes) - set(train.classes))
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(f"data.test has the class {missing[0]!r}{more}, which data.train lacks")
         raise UserError("data.train and data.test number the same classes differently: pack both from the same folders")
+
+
+def check_masks(transfer: Transfer, train: Manifest, test: Manifest) -> int:
+    """Sees that there are masks to learn from and to score on; returns how many classes they have.
+
+    Raises:
+        UserError: There are none, or it is not known how many classes they have, or there are more.
+    """
+    for name, manifest in (("data.train", train), ("data.test", test)):
+        if not any(load_index(manifest, shard).mask_size_S.any() for shard in range(len(manifest.shard_names))):
+            raise UserError(
+                f"{name}: the shards in {manifest.location} have no masks: pack with make_shards --masks, or where the "
+                "tars hold .mask.png members, run python -m pipelines.check_shards DIR --write"
+            )
+    _check_split(train)
+    num_classes = transfer.data.num_classes or train.mask_classes
+    if not num_classes:
+        raise UserError(
+            "data.train: its manifest does not say how many classes the masks have: give --data.num-classes"
+        )
+    for name, manifest in (("data.train", train), ("data.test", test)):
+        if manifest.mask_classes > num_classes:
+            raise UserError(
+                f"{name}: the masks have {manifest.mask_classes} classes, and {num_classes} are learned: "
+                f"give --data.num-classes {manifest.mask_classes}"
+            )
+    return num_classes
+
+
+def _check_split(train: Manifest) -> None:
+    if train.num_samples < 2:
+        raise UserError(f"data.train: {train.num_samples} images cannot be split into learning and validation")
 
 
 def source(transfer: Transfer) -> tuple[Store | None, Config, dict[str, torch.Tensor], int]:
@@ -176,10 +208,10 @@ def check_classifier(transfer: Transfer, config: Config, num_classes: int) -> No
         raise UserError(str(error)) from None
 
 
-def identity(transfer: Transfer, step: int, digests: dict[str, str]) -> dict[str, Any]:
+def identity(transfer: Transfer, step: int, digests: dict[str, Any]) -> dict[str, Any]:
     """What defines the result of a transfer: the same identity, the same score."""
     skipped = ("run", "weights", "storage", "log_every", "checkpoint_minutes", "experiment", "scale.", "data.name")
-    skipped += ("data.train", "data.test", "data.deadline_s", "data.cpus_per_task")
+    skipped += ("data.train", "data.test", "data.num_classes", "data.deadline_s", "data.cpus_per_task")
     values = {key: value for key, value in flat(transfer).items() if not key.startswith(skipped)}
     return json.loads(json.dumps(values | digests | {"step": step}))
 
@@ -189,13 +221,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     transfer = read_transfer(argv)
     parent, config, state, step = source(transfer)
     data = load_manifest(transfer.data.train), load_manifest(transfer.data.test)
-    check_labels(*data)
+    if transfer.protocol == "segment":
+        classes = tuple(map(str, range(check_masks(transfer, *data))))
+    else:
+        check_labels(*data)
+        classes = data[0].classes
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     asked = units(transfer, depth)
     for unit in asked:
-        check_classifier(unit, config, len(data[0].classes))
+        check_classifier(unit, config, len(classes))
     above = parent or Store(transfer.storage).child(f"weights-{Path(transfer.weights).stem}")
-    digests = {"train": data[0].digest, "test": data[1].digest}
+    digests: dict[str, Any] = {"train": data[0].digest, "test": data[1].digest}
+    if transfer.protocol == "segment":
+        digests["num_classes"] = len(classes)
     if transfer.weights:
         digests["weights"] = hashlib.sha256(Path(transfer.weights).read_bytes()).hexdigest()
     scored: list[tuple[Transfer, dict[str, Any]]] = []
@@ -212,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     stack.enter_context(connect(address=transfer.scale.address))
                     check_resources(transfer.scale, transfer.data.cpus_per_task)
                 try:
-                    _run(unit, config, state, data, parent, store, values)
+                    _run(unit, config, state, data, classes, parent, store, values)
                 except TransferFailedError as failed:
                     print(f"error: {score_name(unit)} failed: {failed}", file=sys.stderr)
                     return 1
@@ -235,16 +273,19 @@ def plot(transfer: Transfer, parent: Store | None, above: Store, scored: list[tu
     titles = {"labels": "share of the labels", "visible": "share of visible patches", "blocks": "blocks that train"}
     name = next((name for name, of in varied.items() if len({of(unit) for unit, _ in scored}) > 1), "blocks")
     lines: dict[str, list[Point]] = {}
+    scored_by = metric(transfer)
     for unit, result in scored:
         x, scores = varied[name](unit), result["scores"]
         line = "from scratch" if unit.protocol == "scratch" else transfer.protocol
-        point = Point(x, "all" if x == inf else f"{x:g}", scores["test/top1"], scores["test/top1_interval"],
+        half = scores[f"test/{scored_by}_interval"]
+        point = Point(x, "all" if x == inf else f"{x:g}", scores[f"test/{scored_by}"], half,
                       scores["time/train_s"] if scores["train/flops"] else 0.0, scores["train/flops"])  # fmt: skip
         lines.setdefault(line, []).append(point)
     title = f"{transfer.run or Path(transfer.weights).stem} on {dataset_name(transfer)}"
     file = f"transfer-{dataset_name(transfer)}-{transfer.protocol}-{name}.png"
     with tempfile.TemporaryDirectory() as folder:
-        draw_scores(lines, titles[name], title, Path(folder) / file)
+        y_title = {"top1": "top-1, %", "miou": "mIoU, %"}[scored_by]
+        draw_scores(lines, titles[name], y_title, title, Path(folder) / file)
         picture = (Path(folder) / file).read_bytes()
     above.write(f"pictures/{file}", picture)
     if parent is not None and parent.exists("result.json"):
@@ -264,6 +305,7 @@ def _run(
     config: Config,
     state: dict[str, torch.Tensor],
     data: tuple[Manifest, Manifest],
+    classes: tuple[str, ...],
     parent: Store | None,
     store: Store,
     values: dict[str, Any],
@@ -284,7 +326,7 @@ def _run(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     console: Any = Console.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     # Large ones do not fit into what travels with a function.
-    job = TransferJob(transfer, config, ray.put(state), train, test, store, console)
+    job = TransferJob(transfer, config, ray.put(state), train, test, len(classes), store, console)
     print(f"{score_name(transfer)}: {train.num_samples:,} images to learn from, {test.num_samples:,} to test on")
     error = ""
     try:
@@ -304,9 +346,9 @@ def _run(
     folder = RunFolder(store)
     confusion_CC = torch.tensor(result["confusion"])
     spool = Spool(folder.path)
-    if 2 <= len(train.classes) <= 100:
+    if 2 <= len(classes) <= 100:
         picture = folder.path / "confusion.png"
-        confusion_picture(confusion_CC, train.classes).save(picture)
+        confusion_picture(confusion_CC, classes).save(picture)
         spool.artifact(picture.name)
         store.write(picture.name, picture.read_bytes())
     left = send(folder.path, timeout_s=30.0)
@@ -335,8 +377,8 @@ def note_on_parent(transfer: Transfer, parent: Store | None, result: dict[str, A
     if not parent.exists("result.json"):
         print("the pretraining run has not finished: the score stands on the transfer's own run only")
         return
-    key = f"transfer/{dataset_name(transfer)}/{score_name(transfer)}_top1"
-    folder, value = RunFolder(parent), result["scores"]["test/top1"]
+    key = f"transfer/{dataset_name(transfer)}/{score_name(transfer)}_{metric(transfer)}"
+    folder, value = RunFolder(parent), result["scores"][f"test/{metric(transfer)}"]
     noted = [
         (line["step"], line["metrics"][key])
         for line in folder.read_lines("metrics.jsonl")
@@ -358,14 +400,14 @@ def note_on_parent(transfer: Transfer, parent: Store | None, result: dict[str, A
 
 def told(transfer: Transfer, result: dict[str, Any], store: Store, seconds: float) -> str:
     """What a person wants to know at the end."""
-    scores = result["scores"]
-    half = scores["test/top1_interval"]
+    scores, name = result["scores"], metric(transfer)
+    half = scores[f"test/{name}_interval"]
     spread = f" +- {half:.2f} (95 % interval over {len(result['seeds'])} seeds)" if half is not None else ""
     lines = [
         "",
         f"{score_name(transfer)} of {transfer.run or transfer.weights} on {dataset_name(transfer)}, in {seconds:.0f} s",
-        f"  validation {scores['val/top1']:.2f} %",
-        f"  test       {scores['test/top1']:.2f} %{spread}; read at the end, nothing is chosen there",
+        f"  validation {scores[f'val/{name}']:.2f} %{' mIoU' if name == 'miou' else ''}",
+        f"  test       {scores[f'test/{name}']:.2f} %{spread}; read at the end, nothing is chosen there",
     ]
     if result["tried"]:
         chosen = result["seeds"][0]["chosen"]["base_lr"]

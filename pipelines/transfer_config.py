@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pipelines.config import SEED_LIMIT, Scale, Section
 
-Protocol = Literal["knn", "linear-fast", "linear", "partial", "finetune", "scratch"]
+Protocol = Literal["knn", "linear-fast", "linear", "partial", "finetune", "scratch", "segment"]
 CACHED: tuple[Protocol, ...] = ("knn", "linear-fast")
 """Protocols on features that are computed once."""
 
@@ -27,6 +27,8 @@ class TransferData(Section):
     """Labelled shards that are read once, at the end."""
     name: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
     """The data set's name in the record; empty: of the folder that holds data.train."""
+    num_classes: int = Field(default=0, ge=0, le=255)
+    """Of protocol segment: classes in the masks, whose values count from 0 on; 0: what the shards' manifest says."""
     image_size: tuple[int, int] = (0, 0)
     """Height and width in pixels; 0 0: as in pretraining. The position table is resampled to another."""
     val_share: float = Field(default=0.1, gt=0, lt=1)
@@ -93,7 +95,7 @@ class Transfer(Section):
 
     Protocols: knn (nearest neighbours), linear-fast (a linear classifier on cached features, at ten learning rates),
     linear (the paper's linear probe), partial (the last --blocks train), finetune (everything), scratch (everything,
-    from random weights).
+    from random weights), segment (a linear classifier of patches, where samples carry masks).
     """
 
     run: str = ""
@@ -148,6 +150,12 @@ class Transfer(Section):
             raise ValueError(f"sweep is for the protocol partial, not for {self.protocol}")
         if self.against_scratch and self.protocol != "finetune":
             raise ValueError(f"against_scratch is for the protocol finetune, not for {self.protocol}")
+        if self.data.num_classes and self.protocol != "segment":
+            raise ValueError(f"data.num_classes is for the protocol segment, not for {self.protocol}")
+        train = self.train
+        mixes = train.mixup or train.cutmix or train.erasing or train.smoothing or self.data.auto_augment
+        if self.protocol == "segment" and (mixes or train.optimizer == "lars"):
+            raise ValueError("segment takes no mixup, cutmix, erasing, smoothing, auto_augment and no lars")
         if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1] <= 1:
             raise ValueError(f"data.crop_scale must rise within (0, 1], found {self.data.crop_scale}")
         if not all(0 <= beta < 1 for beta in self.train.betas):
@@ -193,14 +201,32 @@ _SCRATCH: dict[str, Any] = {
     "layer_decay": 1.0,
     "ema": 0.9999,
 }
+# No recipe of the paper's: what linear segmentation on frozen features mostly takes, a rate of 1e-3 for 16 images.
+_SEGMENT: dict[str, Any] = {
+    "epochs": 30.0,
+    "global_size": 16,
+    "micro_size": 16,
+    "base_lr": 0.016,
+    "warmup_epochs": 1.0,
+    "weight_decay": 1e-4,
+}
 _AUGMENT = "rand-m9-mstd0.5-inc1"
 
 
 def recipe(protocol: str) -> dict[str, Any]:
     """The values of a protocol that differ from the schema's own: the paper's recipe."""
-    train = {"linear": _LINEAR, "partial": _FINETUNE, "finetune": _FINETUNE, "scratch": _SCRATCH}.get(protocol, {})
-    augment = {"auto_augment": _AUGMENT} if protocol in ("partial", "finetune", "scratch") else {}
-    return {"protocol": protocol, "train": train, "data": augment}
+    train = {
+        "linear": _LINEAR,
+        "partial": _FINETUNE,
+        "finetune": _FINETUNE,
+        "scratch": _SCRATCH,
+        "segment": _SEGMENT,
+    }.get(protocol, {})
+    data: dict[str, Any] = {"auto_augment": _AUGMENT} if protocol in ("partial", "finetune", "scratch") else {}
+    if protocol == "segment":
+        # Small things stay large enough to be learned, and what is scored reaches to the borders.
+        data = {"crop_scale": (0.25, 1.0), "crop_share": 1.0}
+    return {"protocol": protocol, "train": train, "data": data}
 
 
 def dataset_name(config: Transfer) -> str:
@@ -219,6 +245,11 @@ def score_name(unit: Transfer) -> str:
     visible = f"_visible_{unit.visible[0]:g}" if unit.visible[0] < 1 else ""
     fraction = f"_labels_{unit.data.label_fraction[0]:g}" if unit.data.label_fraction[0] < 1 else ""
     return unit.protocol.replace("-", "_") + blocks + visible + fraction
+
+
+def metric(transfer: Transfer) -> str:
+    """What a protocol is scored by, as its scores are named."""
+    return "miou" if transfer.protocol == "segment" else "top1"
 
 
 def units(transfer: Transfer, depth: int) -> list[Transfer]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.data.sources import Listing, Source
+from pipelines.data.sources import Listing, Masks, Source
 from pipelines.errors import UserError
 
 _FORMAT = 1  # counts up when the same input begins to give other bytes
@@ -60,6 +60,7 @@ class ShardPlan:
         sizes_S: int64, bytes in the source.
         wheres_S: int64, as in the listing.
         labels_S: int64, -1 where there is none.
+        masks: Path of each image's mask; empty where there are none.
     """
 
     name: str
@@ -68,6 +69,7 @@ class ShardPlan:
     sizes_S: np.ndarray
     wheres_S: np.ndarray
     labels_S: np.ndarray
+    masks: list[str]
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,13 @@ class Packing:
     digest: str
 
 
-def plan_packing(listing: Listing, options: PackingOptions) -> Packing:
+def plan_packing(listing: Listing, options: PackingOptions, masks: Masks | None = None) -> Packing:
     """Decides keys, labels, and the shard and place of each image.
+
+    Args:
+        listing: The images.
+        options: How they are packed.
+        masks: Of the images, in the same order.
 
     Raises:
         UserError: Images lie both beside the class folders and in them.
@@ -104,6 +111,8 @@ def plan_packing(listing: Listing, options: PackingOptions) -> Packing:
     order_S = _scatter(keys, options.seed)
     stored_S = listing.sizes_S if not options.resize else np.minimum(listing.sizes_S, options.resize**2 // 2)
     tar_S = member_bytes(stored_S) + (2 * HEADER_BYTES if classes else 0)
+    if masks:
+        tar_S += member_bytes(masks.sizes_S)
     total = int(tar_S.sum())
     num_shards = max(-(-total // options.shard_bytes), min(_MIN_SHARDS, total // _MIN_SHARD_BYTES), 1)
     before_S = np.cumsum(tar_S[order_S]) - tar_S[order_S]
@@ -122,9 +131,10 @@ def plan_packing(listing: Listing, options: PackingOptions) -> Packing:
                 sizes_S=listing.sizes_S[chosen],
                 wheres_S=listing.wheres_S[chosen],
                 labels_S=labels_S[chosen],
+                masks=[masks.paths[n] for n in chosen] if masks else [],
             )
         )
-    return Packing(listing.source, options, classes, shards, _digest(listing, names, options))
+    return Packing(listing.source, options, classes, shards, _digest(listing, names, options, masks))
 
 
 def _label(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -176,11 +186,13 @@ def member_bytes(size: Any) -> Any:
     return HEADER_BYTES + -(-size // HEADER_BYTES) * HEADER_BYTES
 
 
-def _digest(listing: Listing, names: list[str], options: PackingOptions) -> str:
+def _digest(listing: Listing, names: list[str], options: PackingOptions, masks: Masks | None) -> str:
     options = replace(options, quality=options.quality if options.resize else 0)
     digest = hashlib.sha256(json.dumps([_FORMAT, vars(options)], sort_keys=True).encode())
     for name, size in zip(names, listing.sizes_S.tolist(), strict=True):
         digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+    if masks:
+        digest.update(masks.sizes_S.tobytes())
     return digest.hexdigest()
 
 

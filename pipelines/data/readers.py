@@ -14,9 +14,11 @@ import pyarrow as pa
 
 from mae_core.augment import auto_augment
 from mae_core.images import Crops, ImageError, center_crops, crop_resize, decode, random_resized_crops
+from mae_core.mask_images import IGNORE, check_mask_size, crop_mask, decode_mask
 from pipelines.data.layout import Layout, make_layout
 from pipelines.data.plan import FILLER, GRAIN, Cut, Plan
 from pipelines.data.shards import Manifest, load_index
+from pipelines.errors import UserError
 from pipelines.reading import DEFAULT_POLICY, ReadPolicy, read_range
 from pipelines.storage import Store
 
@@ -38,6 +40,7 @@ class View:
         flip: Mirror half of the random crops.
         crop_share: Side of the central crop over the image's shorter side.
         auto_augment: RandAugment after a random crop, in timm's words; empty: none.
+        masks: Also read the samples' segmentation masks, under the crops of their images.
     """
 
     image_size: tuple[int, int]
@@ -47,6 +50,7 @@ class View:
     flip: bool = False
     crop_share: float = 0.875
     auto_augment: str = ""
+    masks: bool = False
 
     def crops(
         self, height_B: np.ndarray, width_B: np.ndarray, epoch_B: np.ndarray, sample_B: np.ndarray, repeat: int
@@ -91,7 +95,7 @@ class Stream:
         return make_layout(
             self.cut,
             encoded_bytes=sum(self.manifest.shard_bytes) / self.manifest.num_samples,
-            pixel_bytes=height * width * self.view.channels * self.cut.repeats,
+            pixel_bytes=height * width * (self.view.channels + self.view.masks) * self.cut.repeats,
         )
 
 
@@ -108,6 +112,8 @@ class MicroBatch:
         label_B: int64, -1 where there is none.
         weight_B: float32, 1 or 0.
         skipped: Samples that could not be read: dictionaries of shard, key, reason.
+        mask_BHW: uint8 classes, read-only, 255 where nothing counts: also for what has no mask or weight 0; None where
+            the view asks for no masks.
     """
 
     index: int
@@ -118,10 +124,12 @@ class MicroBatch:
     label_B: np.ndarray
     weight_B: np.ndarray
     skipped: list[dict[str, str]]
+    mask_BHW: np.ndarray | None = None
 
 
-# Encoded sample, label, and its place in the shard.
-_Member = tuple[memoryview, int, int]
+# Encoded sample, label, its place in the shard, and its encoded mask, empty where there is none or it is not asked for.
+_Member = tuple[memoryview, int, int, memoryview]
+_NOTHING = memoryview(b"")
 
 
 def locate(manifest: Manifest, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -135,14 +143,23 @@ def _read_piece(stream: Stream, shard: int, sample: np.ndarray, place: np.ndarra
     manifest = stream.manifest
     index = load_index(manifest, shard, stream.policy)
     offset, size = index.offset_S[place], index.size_S[place]
-    start = int(offset.min())
-    length = int((offset + size).max()) - start
-    data = memoryview(read_range(Store(manifest.location), manifest.shard_names[shard], start, length, stream.policy))
+    start, stop = int(offset.min()), int((offset + size).max())
+    mask_size = mask_offset = None
+    if stream.view.masks:
+        mask_size = index.mask_size_S[place]
+        mask_offset = np.where(mask_size > 0, index.mask_offset_S[place], offset)
+        start, stop = min(start, int(mask_offset.min())), max(stop, int((mask_offset + mask_size).max()))
+    name = manifest.shard_names[shard]
+    data = memoryview(read_range(Store(manifest.location), name, start, stop - start, stream.policy))
     columns = (sample, offset - start, size, index.label_S[place], place)
-    return {
-        id_: (data[first : first + length_], label, at)
-        for id_, first, length_, label, at in zip(*(column.tolist() for column in columns), strict=True)
+    members: dict[int, _Member] = {
+        id_: (data[first : first + length], label, at, _NOTHING)
+        for id_, first, length, label, at in zip(*(column.tolist() for column in columns), strict=True)
     }
+    if mask_size is not None and mask_offset is not None:
+        for id_, first, length in zip(sample.tolist(), (mask_offset - start).tolist(), mask_size.tolist(), strict=True):
+            members[id_] = (*members[id_][:3], data[first : first + length])
+    return members
 
 
 def _pieces(manifest: Manifest, sample: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -230,6 +247,7 @@ def _block(stream: Stream, views: list[list[int]], members: Iterator[dict[int, _
     epoch_KB = np.empty((num, rows), np.int64)
     label_KB = np.full((num, rows), -1, np.int64)
     weight_KB = np.zeros((num, rows), np.float32)
+    masks_KBHW = np.full((num, rows, height, width), IGNORE, np.uint8) if stream.view.masks else None
     skipped: list[list[dict[str, str]]] = []
     k = 0
     for same, found in zip(views, members, strict=True):
@@ -237,23 +255,32 @@ def _block(stream: Stream, views: list[list[int]], members: Iterator[dict[int, _
         for row, index in enumerate(same, start=k):
             _, sample_KB[row], epoch_KB[row] = stream.cut.micro_batch(stream.plan, index)
         bad = _decode_views(
-            stream, same, found, images_KBHWC[own], sample_KB[own], epoch_KB[own], label_KB[own], weight_KB[own]
+            stream,
+            same,
+            found,
+            images_KBHWC[own],
+            None if masks_KBHW is None else masks_KBHW[own],
+            sample_KB[own],
+            epoch_KB[own],
+            label_KB[own],
+            weight_KB[own],
         )
         # Said once, however many views there are.
         skipped += [bad if view == 0 else [] for view in range(len(same))]
         k += len(same)
     images_KBHWC[weight_KB == 0] = 0
-    return pa.table(
-        {
-            "index": _fixed(np.array(indices, np.int64)),
-            "images": _fixed(images_KBHWC),
-            "sample": _fixed(sample_KB),
-            "epoch": _fixed(epoch_KB),
-            "label": _fixed(label_KB),
-            "weight": _fixed(weight_KB),
-            "skipped": pa.array([json.dumps(skipped)], pa.string()),
-        }
-    )
+    columns = {
+        "index": _fixed(np.array(indices, np.int64)),
+        "images": _fixed(images_KBHWC),
+        "sample": _fixed(sample_KB),
+        "epoch": _fixed(epoch_KB),
+        "label": _fixed(label_KB),
+        "weight": _fixed(weight_KB),
+        "skipped": pa.array([json.dumps(skipped)], pa.string()),
+    }
+    if masks_KBHW is not None:
+        columns["masks"] = _fixed(masks_KBHW)
+    return pa.table(columns)
 
 
 def _decode_views(
@@ -261,43 +288,75 @@ def _decode_views(
     indices: list[int],
     members: dict[int, _Member],
     images_RBHWC: np.ndarray,
+    masks_RBHW: np.ndarray | None,
     sample_RB: np.ndarray,
     epoch_RB: np.ndarray,
     label_RB: np.ndarray,
     weight_RB: np.ndarray,
 ) -> list[dict[str, str]]:
-    """Decodes samples once and cuts all their views; returns those that could not be read."""
+    """Decodes samples once and cuts all their views; returns those that could not be read.
+
+    Raises:
+        UserError: A mask is none, or is of another size than its image.
+    """
     view = stream.view
     decoded: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
     good: list[int] = []
     skipped: list[dict[str, str]] = []
     # A later view may be filler where an earlier one is not.
     for row, sample in enumerate(sample_RB[0].tolist()):
         if sample == FILLER:
             continue
-        data, label_RB[:, row], place = members[sample]
+        data, label_RB[:, row], place, mask = members[sample]
         try:
-            decoded.append(decode(data, view.channels))
+            image_HWC = decode(data, view.channels)
+            if masks_RBHW is not None:
+                masks.append(_decode_mask(stream, sample, place, mask, image_HWC))
+            decoded.append(image_HWC)
             good.append(row)
         except ImageError as error:
-            shard = int(locate(stream.manifest, np.array([sample]))[0][0])
-            key = load_index(stream.manifest, shard, stream.policy).keys[place]
-            skipped.append({"shard": stream.manifest.shard_names[shard], "key": key, "reason": error.reason})
+            shard, key = _named(stream, sample, place)
+            skipped.append({"shard": shard, "key": key, "reason": error.reason})
     if not good:
         return skipped
     sizes = np.array([image.shape[:2] for image in decoded])
     for r, index in enumerate(indices):
         crops = view.crops(sizes[:, 0], sizes[:, 1], epoch_RB[r, good], sample_RB[r, good], stream.cut.repeat(index))
         real = (sample_RB[r, good] != FILLER).tolist()
-        for row, image, box, is_real in zip(good, decoded, crops.boxes(), real, strict=True):
+        for number, (row, image, box, is_real) in enumerate(zip(good, decoded, crops.boxes(), real, strict=True)):
             if is_real:
                 crop_resize(image, *box, out=images_RBHWC[r, row])
+                if masks_RBHW is not None:
+                    crop_mask(masks[number], *box, out=masks_RBHW[r, row])
                 if view.auto_augment:
                     key = view.seed, int(epoch_RB[r, row]), int(sample_RB[r, row])
                     auto_augment(images_RBHWC[r, row], view.auto_augment, key)
                 weight_RB[r, row] = 1.0
     label_RB[sample_RB == FILLER] = -1
     return skipped
+
+
+def _named(stream: Stream, sample: int, place: int) -> tuple[str, str]:
+    """A sample's shard and key."""
+    shard = int(locate(stream.manifest, np.array([sample]))[0][0])
+    return stream.manifest.shard_names[shard], load_index(stream.manifest, shard, stream.policy).keys[place]
+
+
+def _decode_mask(stream: Stream, sample: int, place: int, data: memoryview, image_HWC: np.ndarray) -> np.ndarray:
+    """The mask of an image [H, W]; where it has none, nothing of it counts."""
+    height, width, _ = image_HWC.shape
+    if not data:
+        return np.full((height, width), IGNORE, np.uint8)
+    try:
+        mask_HW = decode_mask(bytes(data))
+        check_mask_size(mask_HW, height, width)
+    except ImageError:
+        raise
+    except ValueError as error:
+        shard, key = _named(stream, sample, place)
+        raise UserError(f"{shard}: the mask of {key}: {error}") from None
+    return mask_HW
 
 
 def read_blocks(stream: Stream, blocks: list[list[list[int]]]) -> Iterator[pa.Table]:
@@ -352,6 +411,7 @@ def parse_block(table: pa.Table, stream: Stream) -> list[MicroBatch]:
     images_KBHWC = array("images", np.uint8).reshape(-1, rows, *view.image_size, view.channels)
     sample_KB, epoch_KB, label_KB = (array(name, np.int64).reshape(-1, rows) for name in ("sample", "epoch", "label"))
     weight_KB = array("weight", np.float32).reshape(-1, rows)
+    masks_KBHW = array("masks", np.uint8).reshape(-1, rows, *view.image_size) if view.masks else None
     skipped = json.loads(table.column("skipped")[0].as_py())
     return [
         MicroBatch(
@@ -363,6 +423,7 @@ def parse_block(table: pa.Table, stream: Stream) -> list[MicroBatch]:
             label_B=label_KB[k],
             weight_B=weight_KB[k],
             skipped=skipped[k],
+            mask_BHW=None if masks_KBHW is None else masks_KBHW[k],
         )
         for k, index in enumerate(indices)
     ]

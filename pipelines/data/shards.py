@@ -45,6 +45,7 @@ class Manifest:
         shard_bytes: Size of each tar.
         shard_digests: SHA-256 of each tar, hex.
         classes: Class names in label order; empty where there are no labels.
+        mask_classes: Classes in the samples' masks; 0 where there are none, or nobody has read them yet.
     """
 
     location: str
@@ -54,6 +55,7 @@ class Manifest:
     shard_bytes: tuple[int, ...]
     shard_digests: tuple[str, ...]
     classes: tuple[str, ...]
+    mask_classes: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -72,7 +74,7 @@ class Manifest:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of all but the location: the same shards elsewhere are the same data."""
+        """SHA-256 of names, content and classes: the same shards elsewhere are the same data."""
         parts = [
             self.split,
             self.shard_names,
@@ -207,6 +209,7 @@ def parse_manifest(store: Store, info: Any) -> Manifest:
             shard_bytes=tuple(map(int, split["shard_bytes"])),
             shard_digests=tuple(map(str, split["shard_sha256"])),
             classes=tuple(map(str, split["classes"])),
+            mask_classes=int(split.get("mask_classes", 0)),
         )
         columns = (manifest.shard_names, manifest.shard_lengths, manifest.shard_bytes, manifest.shard_digests)
         if len({len(column) for column in columns}) != 1 or not manifest.num_samples:
@@ -229,6 +232,8 @@ def encode_info(manifest: Manifest) -> str:
         "shard_sha256": manifest.shard_digests,
         "classes": manifest.classes,
     }
+    if manifest.mask_classes:
+        split["mask_classes"] = manifest.mask_classes
     return json.dumps({"splits": {manifest.split: split}}, indent=1) + "\n"
 
 
@@ -259,4 +264,5 @@ def _choose(manifest: Manifest, pattern: str, location: str) -> Manifest:
         shard_bytes=part(manifest.shard_bytes),
         shard_digests=part(manifest.shard_digests),
         classes=manifest.classes,
+        mask_classes=manifest.mask_classes,
     )

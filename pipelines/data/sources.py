@@ -71,6 +71,19 @@ class Listing:
     left_out: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Masks:
+    """The segmentation masks of a listing's images, in its order.
+
+    Attributes:
+        paths: Absolute.
+        sizes_S: int64, bytes of each mask.
+    """
+
+    paths: list[str]
+    sizes_S: np.ndarray
+
+
 def image_extension(name: str) -> str | None:
     """The extension that a shard gives to an image of this name; None where it is no image."""
     return IMAGE_EXTENSIONS.get(posixpath.splitext(name)[1][1:].lower())
@@ -148,6 +161,26 @@ def list_images(source: Source, split: str, progress: Callable[[int], None] = la
     columns = np.array([found[path] for path in paths], np.int64)
     reasons = {reason: count for reason, count in left_out.items() if count}
     return Listing(source, paths, columns[:, 0].copy(), columns[:, 1].copy(), reasons)
+
+
+def list_masks(listing: Listing, folder: str) -> Masks:
+    """Finds the mask of each image: ``FOLDER/<the image's path>``, its extension replaced by ``.png``.
+
+    Raises:
+        UserError: There is no such folder, or it lacks masks.
+    """
+    root = Path(folder).expanduser().absolute()
+    if not root.is_dir():
+        raise UserError(f"no folder of masks '{folder}'")
+    paths = [f"{root}/{posixpath.splitext(path)[0]}.png" for path in listing.paths]
+    sizes = [os.stat(path).st_size if os.path.isfile(path) else 0 for path in paths]  # noqa: PTH113, PTH116 (as in a folder)
+    missing = [path for path, size in zip(paths, sizes, strict=True) if not size]
+    if missing:
+        more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"{len(missing):,} of {len(paths):,} images have no mask: {', '.join(missing[:3])}{more} should be there"
+        )
+    return Masks(paths, np.array(sizes, np.int64))
 
 
 def read_images(

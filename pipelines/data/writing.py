@@ -4,17 +4,40 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from mae_core.images import decode
-from pipelines.data.index import ShardIndex, encode_index, index_name
+from mae_core.images import ImageError, decode
+from mae_core.mask_images import check_mask_size, decode_mask, num_mask_classes
+from pipelines.data.index import MASK_EXTENSION, NO_MASK, encode_index, index_name, index_of
 from pipelines.data.packing import HEADER_BYTES, PackingOptions, ShardPlan, member_bytes
 from pipelines.data.sources import Source, image_extension, read_images
+from pipelines.errors import UserError
 from pipelines.storage import Store
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What a shard holds for an image.
+
+    Attributes:
+        data: Its bytes.
+        extension: Of its member.
+        reason: Why it is left out, if it is.
+        mask: The bytes of its mask; empty where it has none.
+        mask_classes: The mask's highest class, and 1.
+    """
+
+    data: bytes
+    extension: str
+    reason: str = ""
+    mask: bytes = b""
+    mask_classes: int = 0
 
 
 def write_shards(
@@ -33,43 +56,63 @@ def write_shards(
         for shard in shards:
             with _open_shard(shard, store) as file:
                 for position, data in read_images(source, shard.paths, shard.sizes_S, shard.wheres_S):
-                    file.add(position, *_encode(shard.paths[position], data, options))
+                    file.add(position, _encode(shard, position, data, options))
                     yield 1, len(data)
         return
     # One pass over the archive, and then each shard in its own order.
-    held: dict[tuple[int, int], tuple[bytes, str, str]] = {}
+    held: dict[tuple[int, int], _Encoded] = {}
     owners = [(n, position) for n, shard in enumerate(shards) for position in range(len(shard.keys))]
     paths = [path for shard in shards for path in shard.paths]
     sizes_S = np.concatenate([shard.sizes_S for shard in shards])
     wheres_S = np.concatenate([shard.wheres_S for shard in shards])
     for position, data in read_images(source, paths, sizes_S, wheres_S):
-        held[owners[position]] = _encode(paths[position], data, options)
+        owner, place = owners[position]
+        held[owner, place] = _encode(shards[owner], place, data, options)
         yield 1, len(data)
     for n, shard in enumerate(shards):
         with _open_shard(shard, store) as file:
             for position in range(len(shard.keys)):
-                file.add(position, *held.pop((n, position)))
+                file.add(position, held.pop((n, position)))
 
 
-def _encode(path: str, data: bytes, options: PackingOptions) -> tuple[bytes, str, str]:
-    """What a shard holds for an image: its bytes, their extension, and why it is left out, if it is."""
-    extension = image_extension(path)
-    assert extension is not None, path
-    if not options.resize:
-        return data, extension, ""
+def _encode(shard: ShardPlan, position: int, data: bytes, options: PackingOptions) -> _Encoded:
+    """What a shard holds for the image at a position of the plan.
+
+    Raises:
+        UserError: Its mask is none, or is of another size.
+    """
+    extension = image_extension(shard.paths[position])
+    assert extension is not None, shard.paths[position]
+    if not options.resize and not shard.masks:
+        return _Encoded(data, extension)
     try:
         pixels_HWC = decode(data)
-    except ValueError as error:
-        return b"", extension, str(error)
+    except ImageError as error:
+        return _Encoded(data, extension, str(error))
     height, width = pixels_HWC.shape[:2]
+    mask, mask_HW = _read_mask(shard.masks[position], height, width) if shard.masks else (b"", None)
     shorter = min(height, width)
-    if shorter <= options.resize:
-        return data, extension, ""
-    size = (round(width * options.resize / shorter), round(height * options.resize / shorter))
-    out = io.BytesIO()
-    image = Image.fromarray(pixels_HWC).resize(size, Image.Resampling.BICUBIC)
-    image.save(out, "JPEG", quality=options.quality)
-    return out.getvalue(), "jpg", ""
+    if 0 < options.resize < shorter:
+        size = (round(width * options.resize / shorter), round(height * options.resize / shorter))
+        out = io.BytesIO()
+        image = Image.fromarray(pixels_HWC).resize(size, Image.Resampling.BICUBIC)
+        image.save(out, "JPEG", quality=options.quality)
+        data, extension = out.getvalue(), "jpg"
+        if mask_HW is not None:
+            out = io.BytesIO()
+            Image.fromarray(mask_HW).resize(size, Image.Resampling.NEAREST).save(out, "PNG")
+            mask = out.getvalue()
+    return _Encoded(data, extension, "", mask, 0 if mask_HW is None else num_mask_classes(mask_HW))
+
+
+def _read_mask(path: str, height: int, width: int) -> tuple[bytes, np.ndarray]:
+    data = Path(path).read_bytes()
+    try:
+        mask_HW = decode_mask(data)
+        check_mask_size(mask_HW, height, width)
+    except ValueError as error:
+        raise UserError(f"mask '{path}': {error}") from None
+    return data, mask_HW
 
 
 class _HashingFile:
@@ -98,23 +141,28 @@ class _ShardFile:
         self._file = _HashingFile(file)
         # Fixed times and owners, or the same images would give other bytes tomorrow.
         self._tar = TarWriter(cast(BinaryIO, self._file), user="", group="", mode=0o444, mtime=0, encoder=False)
-        self._rows: list[tuple[str, str, int, int, int]] = []
+        self._rows: list[tuple[str, str, int, int, int, int, int]] = []
+        self._mask_classes = 0
         self._skipped: list[dict[str, str]] = []
 
-    def add(self, position: int, data: bytes, extension: str, reason: str) -> None:
+    def add(self, position: int, image: _Encoded) -> None:
         """Writes the sample at a position of the plan, or notes why it is left out."""
         key, label = self._shard.keys[position], int(self._shard.labels_S[position])
-        if reason:
-            self._skipped.append({"key": key, "source": self._shard.paths[position], "reason": reason})
+        if image.reason:
+            self._skipped.append({"key": key, "source": self._shard.paths[position], "reason": image.reason})
             return
-        sample: dict[str, Any] = {extension: data}
+        sample: dict[str, Any] = {image.extension: image.data}
         if label >= 0:
             sample["cls"] = str(label).encode()
+        if image.mask:
+            sample[MASK_EXTENSION] = image.mask
         offset = self._tar.tarstream.offset
+        where: dict[str, tuple[int, int]] = {MASK_EXTENSION: NO_MASK}
         for name in sorted(sample):  # the order in which TarWriter writes them
-            if name == extension:
-                self._rows.append((key, extension, offset + HEADER_BYTES, len(data), label))
+            where[name] = offset + HEADER_BYTES, len(sample[name])
             offset += member_bytes(len(sample[name]))
+        self._rows.append((key, image.extension, *where[image.extension], label, *where[MASK_EXTENSION]))
+        self._mask_classes = max(self._mask_classes, image.mask_classes)
         self._tar.write({"__key__": key, **sample})
         self._tar.tarstream.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte a member
         assert self._tar.tarstream.offset == offset, (key, offset)
@@ -126,11 +174,13 @@ class _ShardFile:
     def finish(self) -> bytes:
         """Ends the tar; returns the content of its index file."""
         self._tar.close()
-        keys, extensions, offsets, sizes, labels = zip(*self._rows, strict=True) if self._rows else [()] * 5
-        columns = (np.array(column, np.int64) for column in (offsets, sizes, labels))
-        index = ShardIndex(*columns, keys=keys, extensions=extensions)
-        digest = self._file.sha256.hexdigest()
-        return encode_index(index, tar_bytes=self._file.num_bytes, tar_sha256=digest, skipped=self._skipped)
+        return encode_index(
+            index_of(self._rows),
+            tar_bytes=self._file.num_bytes,
+            tar_sha256=self._file.sha256.hexdigest(),
+            skipped=self._skipped,
+            mask_classes=self._mask_classes,
+        )
 
 
 @contextmanager

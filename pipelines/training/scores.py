@@ -1,25 +1,28 @@
-"""What a transfer's confusion matrices come to: accuracy, its mean over seeds, its interval."""
+"""What a transfer's confusion matrices come to: accuracy or mean IoU, its mean over seeds, its interval."""
 
 from typing import Any
 
 import numpy as np
 import torch
 
+from mae_core.segmentation import class_iou, mean_iou
 from pipelines.errors import UserError
-from pipelines.transfer_config import Transfer
+from pipelines.transfer_config import Transfer, metric
 
 
 def summarise(transfer: Transfer, scored: list[dict[str, Any]], unreadable: int) -> dict[str, Any]:
     """The result of a transfer: means over the seeds with their 95 % intervals, and what each seed gave."""
-    val = [top1(torch.tensor(one["val"])) for one in scored]
-    test = [top1(torch.tensor(one["test"])) for one in scored]
+    name = metric(transfer)
+    score = {"top1": top1, "miou": miou}[name]
+    val = [score(torch.tensor(one["val"])) for one in scored]
+    test = [score(torch.tensor(one["test"])) for one in scored]
     confusion_CC = torch.tensor([one["test"] for one in scored]).sum(dim=0)
     return {
         "protocol": transfer.protocol,
         "scores": {
-            "val/top1": float(np.mean(val)),
-            "test/top1": float(np.mean(test)),
-            "test/top1_interval": interval(test),
+            f"val/{name}": float(np.mean(val)),
+            f"test/{name}": float(np.mean(test)),
+            f"test/{name}_interval": interval(test),
             "time/train_s": float(np.mean([one["seconds"] for one in scored])),
             "train/flops": float(scored[0].get("flops", 0)),
         },
@@ -30,9 +33,18 @@ def summarise(transfer: Transfer, scored: list[dict[str, Any]], unreadable: int)
         "tried": scored[0].get("tried", []),
         "test_read": "at the end, once a seed; all that is chosen is chosen on the validation split",
         "confusion": confusion_CC.tolist(),
-        "per_class": (100 * confusion_CC.diag() / confusion_CC.sum(dim=1).clamp(min=1)).tolist(),
+        "per_class": _per_class(confusion_CC) if name == "top1" else _iou_per_class(confusion_CC),
         "unreadable": unreadable,
     }
+
+
+def _per_class(confusion_CC: torch.Tensor) -> list[float]:
+    return (100 * confusion_CC.diag() / confusion_CC.sum(dim=1).clamp(min=1)).tolist()
+
+
+def _iou_per_class(confusion_CC: torch.Tensor) -> list[float | None]:
+    """None for what is neither in the masks nor predicted."""
+    return [None if np.isnan(value) else value for value in class_iou(confusion_CC).tolist()]
 
 
 def interval(values: list[float]) -> float | None:
@@ -59,3 +71,15 @@ def confusion(predicted_N: torch.Tensor, label_N: torch.Tensor, num_classes: int
 def top1(confusion_CC: torch.Tensor) -> float:
     """Accuracy in percent."""
     return 100 * float(confusion_CC.diag().sum()) / max(1, int(confusion_CC.sum()))
+
+
+def miou(confusion_CC: torch.Tensor) -> float:
+    """Mean intersection over union in percent.
+
+    Raises:
+        UserError: No pixel counts.
+    """
+    try:
+        return mean_iou(confusion_CC)
+    except ValueError as error:
+        raise UserError(str(error)) from None

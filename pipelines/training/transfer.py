@@ -8,6 +8,7 @@ import torch.distributed as dist
 from pipelines.errors import UserError
 from pipelines.training.classification import Classification
 from pipelines.training.scores import summarise
+from pipelines.training.segmentation import Segmentation
 from pipelines.training.transfer_cached import score_cached
 from pipelines.training.transfer_learning import Learning
 from pipelines.training.transfer_worker import TransferJob, Worker
@@ -35,8 +36,11 @@ def transfer_worker(job: TransferJob) -> None:
 
 def _run(worker: Worker) -> None:
     """All seeds, each where an earlier attempt has left off; then the result is written."""
-    cached = worker.transfer.protocol in CACHED
-    scored = score_cached(worker) if cached else Learning(worker, Classification(worker)).learn()
+    if worker.transfer.protocol in CACHED:
+        scored = score_cached(worker)
+    else:
+        task = Segmentation(worker) if worker.transfer.protocol == "segment" else Classification(worker)
+        scored = Learning(worker, task).learn()
     unreadable = [worker.unreadable]
     if worker.world_size > 1:
         unreadable = [set() for _ in range(worker.world_size)]

@@ -41,6 +41,7 @@ class TransferJob:
         state: The pretrained weights in the official layout, in the object store.
         train: Labelled images to learn from.
         test: Labelled images that are read once.
+        num_classes: Of their labels, or of their masks.
         store: The transfer's folder.
         console: Actor that takes lines for the driver's terminal.
     """
@@ -50,6 +51,7 @@ class TransferJob:
     state: Any
     train: Manifest
     test: Manifest
+    num_classes: int
     store: Store
     console: Any
 
@@ -65,7 +67,7 @@ class Worker:
         self.crew = join_crew(
             self.rank, self.world_size, num_cpus=job.transfer.data.cpus_per_task, broadcast=self.agree
         )
-        self.num_classes = len(job.train.classes)
+        self.num_classes = job.num_classes
         self.folder = RunFolder(job.store) if self.rank == 0 else None
         self.spool = Spool(self.folder.path) if self.folder else None
         if self.spool:
@@ -141,6 +143,7 @@ class Worker:
             training is not None and data.flip and self.config.data.flip,
             self.crop_share,
             "" if training is None else data.auto_augment,
+            self.transfer.protocol == "segment",
         )
         plan = Plan(num, training or 0, end=end, shuffle=training is not None, members=members)
         return Stream(manifest, plan, cut, view, ReadPolicy(deadline_s=data.deadline_s))

@@ -1,11 +1,16 @@
 """The patch head against PyTorch's own layers on maps, and the scores against scikit-learn's."""
 
+from typing import Any
+
 import pytest
 import torch
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from mae_core.segmentation import PatchHead, confusion, mean_iou
+from mae_core.classifier import parameter_groups
+from mae_core.model import MaskedAutoencoder
+from mae_core.segmentation import PatchHead, Segmenter, class_iou, confusion, mean_iou, segmentation_flops
 
 
 def test_the_head_is_a_convolution_on_the_map_of_patches():
@@ -32,6 +37,34 @@ def test_the_head_is_a_convolution_on_the_map_of_patches():
         head(torch.zeros(2, 25, 8), (10, 18))
 
 
+def segmenter() -> tuple[MaskedAutoencoder, Segmenter]:
+    model = MaskedAutoencoder("vit_tiny_patch16_224", image_size=16, patch_size=4, width=24, depth=2, num_heads=2)
+    return model, Segmenter(model, 50, image_size=(16, 24), seed=1)
+
+
+def test_the_encoder_is_frozen_and_gives_its_patches():
+    source, model = segmenter()
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names == {"head.linear.weight", "head.linear.bias"}
+    assert {name for group in parameter_groups(model, 1.0, 0.1) for name, _ in group["params"]} == names
+    assert not model.encoder.training
+    images_BCHW = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    whole = Segmenter(source, 50, seed=1).eval()
+    tokens_BND = source.encoder.forward_features(images_BCHW[..., :16])[:, 1:]
+    torch.testing.assert_close(whole(images_BCHW[..., :16]), whole.head(tokens_BND, (16, 16)))
+    assert model(images_BCHW).shape == (2, 50, 16, 24)
+
+
+def test_flops_are_those_that_torch_counts():
+    _, model = segmenter()
+    block: Any
+    for block in model.encoder.blocks:
+        block.attn.fused_attn = False  # the counter does not know the CPU's fused kernel
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, 3, 16, 24)).sum().backward()
+    assert segmentation_flops(model) == pytest.approx(counter.get_total_flops() / 2, rel=0.001)
+
+
 def random_masks(num_classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     target = torch.randint(num_classes, (3, 7, 9), generator=generator)
@@ -56,6 +89,7 @@ def test_a_class_counts_where_it_is_in_the_masks_or_predicted():
     assert mean_iou(confusion(target, target, 4)) == 100
     pred = torch.tensor([0, 0, 3, 1])  # class 2 is nowhere
     assert mean_iou(confusion(pred, target, 4)) == pytest.approx(100 * (2 / 3 + 1 + 0) / 3)
+    assert class_iou(confusion(pred, target, 4)).tolist() == pytest.approx([200 / 3, 100, torch.nan, 0], nan_ok=True)
     assert mean_iou(confusion(pred, target, 4, ignore=0)) == 100
     with pytest.raises(ValueError, match="no pixel"):
         mean_iou(confusion(pred, torch.full((4,), 255), 4))

@@ -22,6 +22,7 @@ from pipelines.training.scores import interval, summarise
 from pipelines.training.transfer_cached import Look
 from pipelines.transfer import check_labels, main, read_transfer
 from pipelines.transfer_config import Transfer, TransferData, dataset_name, score_name, units
+from tests.masks import pack, write_scenes
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -163,6 +164,28 @@ def test_the_papers_linear_probe_and_scratch_run(pretrained, shards, ray_local, 
     assert result["seeds"][0]["chosen"]["steps"] > 4
     assert [one["base_lr"] for one in result["tried"]] == [0.001, 0.1]
     assert max(one["validation"] for one in result["tried"]) == pytest.approx(result["scores"]["val/top1"])
+
+
+def test_segmentation_learns_masks(pretrained, shards, ray_local, tmp_path):
+    data = {}
+    for split, num, seed in (("train", 130, 0), ("test", 40, 1)):
+        write_scenes(tmp_path / split, num, seed=seed)
+        _, manifest = pack(tmp_path / split, tmp_path / split / "shards")
+        data[split] = manifest.location
+    # Crops so small that a mask which is not cut as its image teaches something else: the score is then below 75.
+    more = ["--data.image-size", "64", "64", "--data.crop-scale", "0.1", "0.4", "--data.name", "scenes"]
+    more += ["--seeds", "0", "1", "--train.epochs", "8", "--train.base-lr", "0.16"]
+    assert main(arguments(pretrained, data, "segment", *more)) == 0
+    result, folder = result_of(pretrained, "scenes-segment-")
+    test = [one["test"] for one in result["seeds"]]
+    assert min(test) > 80
+    assert result["scores"]["test/miou_interval"] == pytest.approx(interval(test))
+    confusion_CC = np.array(result["confusion"])
+    iou_C = confusion_CC.diagonal() / (confusion_CC.sum(0) + confusion_CC.sum(1) - confusion_CC.diagonal())
+    assert result["per_class"] == pytest.approx(100 * iou_C)
+    assert confusion_CC.sum() == 2 * 40 * 64 * 64
+    assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert ("transfer/scenes/segment_miou", result["scores"]["test/miou"]) in scores(pretrained)
 
 
 @pytest.mark.chaos
