@@ -32,7 +32,7 @@ class Delivery:
 
     Args:
         lost: Samples that a step should have seen and did not, over all steps.
-        repeated: Samples that a step saw more often than it should have.
+        repeated: Samples that a step saw more often than it should have, or that one attempt was given again.
         order_equal: Whether every step saw the plan's samples in the plan's order, each time that it was done.
         done_again: Steps that were begun more than once, by the same number of workers or another.
     """
@@ -66,14 +66,21 @@ def delivery(folder: Path, plan: Plan, global_size: int, steps: range) -> Delive
     """
     # By number of workers and step: a step that was broken off is done again, perhaps by others, in another cut.
     seen: dict[tuple[int, int], set[tuple[int, tuple[int, ...]]]] = {}
-    lines: Counter[tuple[str, int, int]] = Counter()
+    attempts: Counter[tuple[int, int, int]] = Counter()
+    given: set[tuple[float, int]] = set()
+    again_in_step: Counter[int] = Counter()
     for path in (folder / "ids").glob("*.jsonl"):
         world_size = int(path.stem.rsplit("-", 1)[1])
         for line in path.read_text().splitlines(keepends=True):
             if line.endswith("\n"):
                 value = json.loads(line)
-                lines[path.name, value["step"], value["index"]] += 1
-                # One that came twice with the same samples is one; with others, both count, and the step has too many.
+                if (micro_batch := (value["began"], value["index"])) in given:
+                    again_in_step[value["step"]] += len(value["ids"])
+                    continue
+                given.add(micro_batch)
+                attempts[world_size, value["step"], value["index"]] += 1
+                # One that two attempts were given with the same samples is one; with others, both count, and the step
+                # has too many.
                 key = (world_size, value["step"])
                 seen.setdefault(key, set()).add((value["index"], tuple(value["ids"])))
     lost = repeated = 0
@@ -86,11 +93,11 @@ def delivery(folder: Path, plan: Plan, global_size: int, steps: range) -> Delive
         whole = [record for record in records if len(record) >= global_size]
         final = Counter(whole[0] if whole else max(records, key=len, default=[]))
         lost += (Counter(planned) - final).total()
-        repeated += (final - Counter(planned)).total()
+        repeated += (final - Counter(planned)).total() + again_in_step[step]
         broken_off = [record for record in records if len(record) < global_size]
-        order_equal &= bool(whole) and all(record == planned for record in whole)
+        order_equal &= bool(whole) and all(record == planned for record in whole) and not again_in_step[step]
         order_equal &= all(not Counter(record) - Counter(planned) for record in broken_off)
-    again = {step for (_, step, _), times in lines.items() if times > 1}
+    again = {step for (_, step, _), times in attempts.items() if times > 1}
     by_step = Counter(step for _, step in seen)
     again |= {step for step, worlds in by_step.items() if worlds > 1}
     return Delivery(lost, repeated, order_equal, len(again))

@@ -267,7 +267,7 @@ def show(result: dict[str, Any]) -> None:
             print(f"  {name:24} {rate['median']:9,.0f} {between:>17} {cpu:11.3f} {first:10.2f} s")
         for key, ratio in told["ratios"].items():
             print(f"  {key:32} {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})")
-    if "tiny" not in details:
+    if "tiny" not in details["pixels"]:
         print("\ntiny images were left out: no --tiny, and no cifar10/train.tar.gz beside the source")
     for key, value in details.get("first_batch", {}).items():
         print(f"{key:34} {value['median']:.2f} s ({value['low']:.2f} to {value['high']:.2f})")

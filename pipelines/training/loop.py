@@ -263,11 +263,13 @@ class _Worker:
         assert self.store.is_local, "checked by the driver"
         path = self.store.local("ids") / f"rank-{self.rank:04d}-of-{self.world_size:04d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Tells one attempt from the next, on all ranks alike: only in another one may a micro-batch come again.
+        began = broadcast_from_rank_zero(time.time())
         with path.open("a", buffering=1) as file:
             for batch in batches:
                 step = batch.index // self.stream.cut.micros
                 ids = batch.sample_B[batch.sample_B >= 0].tolist()
-                file.write(json.dumps({"step": step, "index": batch.index, "ids": ids}) + "\n")
+                file.write(json.dumps({"began": began, "step": step, "index": batch.index, "ids": ids}) + "\n")
                 yield batch
 
     def _log(self, done: int, lr: float, window_S3: torch.Tensor, trainer: Trainer) -> None:

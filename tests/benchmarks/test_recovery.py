@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -21,11 +22,12 @@ SIZE, STEPS = 6, range(4)
 def write_ids(folder, world_size, steps, change=lambda _, ids: ids, rows=2):
     """The ids of some steps as a run writes them down, in micro-batches dealt round robin."""
     (folder / "ids").mkdir(parents=True, exist_ok=True)
-    micros = SIZE // rows
+    micros, began = SIZE // rows, time.time()
     for step in steps:
         ids = change(step, PLAN.samples(step * SIZE, (step + 1) * SIZE)[0].tolist())
         for micro in range(micros):
-            line = {"step": step, "index": step * micros + micro, "ids": ids[micro * rows : (micro + 1) * rows]}
+            line = {"began": began, "step": step, "index": step * micros + micro}
+            line["ids"] = ids[micro * rows : (micro + 1) * rows]
             path = folder / "ids" / f"rank-{micro % world_size:04d}-of-{world_size:04d}.jsonl"
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -58,6 +60,15 @@ def test_delivery_counts_what_is_lost_repeated_and_out_of_order(tmp_path):
     lost, repeated, order_equal, again = counted(tmp_path / "changed")
     assert (lost, order_equal, again) == (0, False, 1)
     assert repeated == SIZE
+
+    # one attempt was given a micro-batch twice, by the same worker or by another
+    for name, worker in (("twice", 1), ("twice-elsewhere", 0)):
+        write_ids(tmp_path / name, 2, range(2))
+        write_ids(tmp_path / name, 2, range(1, 4))
+        lines = (tmp_path / name / "ids" / "rank-0001-of-0002.jsonl").read_text().splitlines(keepends=True)
+        with (tmp_path / name / "ids" / f"rank-{worker:04d}-of-0002.jsonl").open("a") as file:
+            file.write(lines[-1])
+        assert counted(tmp_path / name) == (0, 2, False, 1)
 
     # a step that was broken off and never done again
     write_ids(tmp_path / "end", 2, range(3))

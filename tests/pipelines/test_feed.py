@@ -1,5 +1,6 @@
 """The plan through a real Ray Data: the same samples and pixels in the same order on any number of workers."""
 
+import contextlib
 import itertools
 import threading
 import time
@@ -10,7 +11,10 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from ray._private.internal_api import node_stats
 
+from benchmarks.nodes import wait_until
+from pipelines.data import feed as feed_module
 from pipelines.data import readers
 from pipelines.data.feed import Crew, Feed, join_crew
 from pipelines.data.plan import FILLER, Cut, Members, Plan
@@ -72,7 +76,12 @@ def consume(stream, world_size, num_tasks=2, steps=(0, STEPS), pause_s=0.0):
 
 
 def coordinators():
-    return sum(p.info["name"].startswith("ray::SplitCoord") for p in psutil.process_iter(["name"]))
+    """The coordinators of this process's Ray."""
+    found = 0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += process.name().startswith("ray::SplitCoord")
+    return found
 
 
 def by_step(received, cut):
@@ -218,6 +227,27 @@ def test_what_is_not_the_plan_stops_the_run(stream, monkeypatch):
     feed.close()
 
 
+@pytest.mark.parametrize(
+    ("world_size", "wrong"),
+    [(2, lambda opened: opened(0)[::-1]), (1, lambda opened: opened(1))],
+    ids=["of another worker", "of later steps"],
+)
+def test_what_is_not_due_stops_the_run(stream, monkeypatch, world_size, wrong):
+    def opened(stream, reference, steps, **rest):
+        return wrong(lambda later: honest(stream, reference, (steps[0] + later, steps[1] + later), **rest))
+
+    honest = feed_module.open_segment
+    monkeypatch.setattr(feed_module, "open_segment", opened)
+    stream = replace(stream, cut=replace(stream.cut, world_size=world_size))
+    first = join_crew(0, world_size, num_cpus=0.5)
+    feeds = [Feed(stream, (0, 2), crew=replace(first, rank=rank), num_tasks=64) for rank in range(world_size)]
+    for rank, feed in enumerate(feeds):
+        with pytest.raises(RuntimeError, match=f"arrived, which is not due on worker {rank}"):
+            next(feed)
+    for feed in feeds:
+        feed.close()
+
+
 def test_a_shard_that_cannot_be_read_stops_the_run_with_one_line(stream, tmp_path):
     manifest = replace(stream.manifest, location=str(tmp_path))
     feed = Feed(replace(stream, manifest=manifest), (0, 2), crew=join_crew(0, 1, num_cpus=0.5), num_tasks=2)
@@ -270,10 +300,25 @@ def test_a_feed_that_is_given_up_leaves_nothing(stream):
     feed = Feed(stream, (0, STEPS), crew=join_crew(0, 1, num_cpus=0.5), num_tasks=1)
     next(feed)
     feed.close()
-    deadline = time.monotonic() + 30
-    while coordinators() > before and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert coordinators() <= before
+    wait_until(lambda: coordinators() <= before, 30)
+
+
+def test_what_has_been_read_leaves_neither_processes_nor_memory(stream):
+    before = coordinators(), stored_bytes()
+    # 3.7 MB a step
+    stream = replace(
+        stream, plan=Plan(300, seed=0), cut=Cut(300, 300, 1), view=replace(stream.view, image_size=(64, 64))
+    )
+    feed = Feed(stream, (0, 46), crew=join_crew(0, 1, num_cpus=0.5), num_tasks=1)
+    assert len(feed.segments) == 3
+    assert [batch.index for batch in feed] == list(range(46))
+    wait_until(lambda: coordinators() <= before[0] and stored_bytes() < before[1] + (4 << 20), 30)
+
+
+def stored_bytes():
+    """What lies in the object store."""
+    (node,) = ray.nodes()
+    return node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats.object_store_bytes_used
 
 
 def test_a_crew_without_nodes_of_its_own_is_one_group(ray_local):
