@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mae_core.augment import auto_augment
-from mae_core.images import Crops, ImageError, center_crops, crop_resize, decode, random_resized_crops
+from mae_core.augment import AUGMENTS, auto_augment
+from mae_core.images import Crops, ImageError, center_crops, crop_resize, decode
 from pipelines.data.layout import Layout, make_layout
 from pipelines.data.plan import FILLER, GRAIN, Cut, Plan
 from pipelines.data.shards import Manifest, load_index
@@ -38,6 +38,7 @@ class View:
         flip: Mirror half of the random crops.
         crop_share: Side of the central crop over the image's shorter side.
         auto_augment: RandAugment after a random crop, in timm's words; empty: none.
+        augment: How the crops are drawn and what else is done, by its name in ``AUGMENTS``; not with the central crop.
     """
 
     image_size: tuple[int, int]
@@ -47,6 +48,7 @@ class View:
     flip: bool = False
     crop_share: float = 0.875
     auto_augment: str = ""
+    augment: str = "random_crop"
 
     def crops(
         self, height_B: np.ndarray, width_B: np.ndarray, epoch_B: np.ndarray, sample_B: np.ndarray, repeat: int
@@ -54,9 +56,10 @@ class View:
         """The crop of each image of a block."""
         if self.crop_scale is None:
             return center_crops(height_B, width_B, out_size=self.image_size, share=self.crop_share)
-        return random_resized_crops(
+        return AUGMENTS[self.augment].crops(
             height_B,
             width_B,
+            out_size=self.image_size,
             seed=self.seed,
             epoch_B=epoch_B,
             sample_B=sample_B,
@@ -292,9 +295,11 @@ def _decode_views(
         for row, image, box, is_real in zip(good, decoded, crops.boxes(), real, strict=True):
             if is_real:
                 crop_resize(image, *box, out=images_RBHWC[r, row])
+                key = view.seed, int(epoch_RB[r, row]), int(sample_RB[r, row])
                 if view.auto_augment:
-                    key = view.seed, int(epoch_RB[r, row]), int(sample_RB[r, row])
                     auto_augment(images_RBHWC[r, row], view.auto_augment, key)
+                if change_pixels := AUGMENTS[view.augment].pixels:
+                    change_pixels(images_RBHWC[r, row], (*key, stream.cut.repeat(index)))
                 weight_RB[r, row] = 1.0
     label_RB[sample_RB == FILLER] = -1
     return skipped
