@@ -160,6 +160,7 @@ def test_the_command_fits_once_for_all_its_workers(shards, tmp_path):
     values["run"] |= {"name": "options", "storage": str(tmp_path)}
     values["data"]["train"] = shards["train"]
     values["train"]["steps"] = 2
+    values["log"]["pictures"] = 0
     values["scale"] |= {"workers": 2, "cpus_per_worker": 0.5}
     config = Config.model_validate(values)
     (tmp_path / "run.toml").write_text(to_toml(config, "options"))
