@@ -1,6 +1,6 @@
 """A classifier on a pretrained encoder: fine-tuning, partial fine-tuning and the linear probe.
 
-Shapes: B batch, C channels H W image (``images_BCHW``) or C classes (``logits_BC``), N patches, K kept,
+Shapes: B batch, C channels H W image (``images_BCHW``) or C classes (``logits_BC``), N patches, K kept, S class tokens,
 D encoder width.
 """
 
@@ -20,10 +20,10 @@ from timm.optim import (
 from torch import nn
 
 from mae_core.masking import take
-from mae_core.model import MaskedAutoencoder
+from mae_core.model import MaskedAutoencoder, pooled
 
 # Parameters of no module of their own; the official code leaves them without weight decay in fine-tuning.
-_TOKENS = ("encoder.cls_token", "encoder.pos_embed")
+_TOKENS = ("encoder.cls_token", "encoder.reg_token", "encoder.pos_embed")
 
 
 class Classifier(nn.Module):
@@ -36,8 +36,8 @@ class Classifier(nn.Module):
 
     From scratch is a classifier on a new ``MaskedAutoencoder``. Keys in the state dict are timm's behind
     ``encoder.``, and ``head.``. Attributes for callers: ``image_size``, ``patch_size``, ``channels``,
-    ``grid_size``, ``num_patches`` (N), ``width`` (D), ``num_classes``, ``pool``, ``trained_blocks`` (as given to
-    ``freeze``, infinity for everything).
+    ``grid_size``, ``num_patches`` (N), ``width`` (D), ``class_tokens`` (S), ``num_classes``, ``pool``,
+    ``trained_blocks`` (as given to ``freeze``, infinity for everything).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Classifier(nn.Module):
         Args:
             autoencoder: Left as it is; the classifier shares no memory with it.
             num_classes: C.
-            pool: Mean of the patches, or the class token.
+            pool: Mean of the patches, or the class token (of several their mean).
             head: ``linear`` for fine-tuning, its weights drawn at 2e-5 so that the first steps leave the encoder
                 alone; ``batchnorm`` for linear probing, with a BatchNorm without affine parameters before it
                 (the paper's appendix A.1) and weights drawn at 0.01. Both deviations are the official code's.
@@ -86,8 +86,9 @@ class Classifier(nn.Module):
         self.grid_size = (H // patch, W // patch)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.width = autoencoder.width
+        self.class_tokens = autoencoder.class_tokens
         self.num_classes = num_classes
-        self.pool = pool
+        self.pool: Literal["mean", "cls"] = pool
         self.trained_blocks = math.inf
 
         self.encoder: VisionTransformer = copy.deepcopy(autoencoder.encoder)
@@ -115,7 +116,7 @@ class Classifier(nn.Module):
             keep_BK: int64 indices of the visible patches, in any order; None means all of them.
 
         Returns:
-            [B, 1 + K, D] after the final norm: the class token, then the patches in the order of ``keep_BK``.
+            [B, S + K, D] after the final norm: the class tokens, then the patches in the order of ``keep_BK``.
 
         Raises:
             ValueError: The images are not of this classifier's shape.
@@ -126,15 +127,15 @@ class Classifier(nn.Module):
                 f"images of shape {list(images_BCHW.shape)} do not fit this classifier, that takes {expected} after "
                 "the batch: resize them, or build it with their image size"
             )
-        encoder = self.encoder
-        assert encoder.cls_token is not None, "a plain ViT has a class token"
+        encoder, S = self.encoder, self.class_tokens
         assert encoder.pos_embed is not None, "a plain ViT has a position table"
         blocks, num_frozen = list(encoder.blocks), self._num_frozen_blocks()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained_blocks == math.inf):
-            cls_B1D = encoder.cls_token.expand(len(images_BCHW), -1, -1)
-            tokens = torch.cat([cls_B1D, encoder.patch_embed(images_BCHW)], dim=1) + encoder.pos_embed
+            class_1SD = torch.cat([t for t in (encoder.cls_token, encoder.reg_token) if t is not None], dim=1)
+            class_BSD = class_1SD.expand(len(images_BCHW), -1, -1)
+            tokens = torch.cat([class_BSD, encoder.patch_embed(images_BCHW)], dim=1) + encoder.pos_embed
             if keep_BK is not None:
-                tokens = torch.cat([tokens[:, :1], take(tokens[:, 1:], keep_BK)], dim=1)
+                tokens = torch.cat([tokens[:, :S], take(tokens[:, S:], keep_BK)], dim=1)
             for block in blocks[:num_frozen]:
                 tokens = block(tokens)
         # Half a block and a frozen norm need no guard: neither their input nor their weights ask for a gradient.
@@ -144,8 +145,7 @@ class Classifier(nn.Module):
 
     def features(self, images_BCHW: torch.Tensor, keep_BK: torch.Tensor | None = None) -> torch.Tensor:
         """What the head sees: ``encode`` pooled to [B, D], over the visible patches alone where it is the mean."""
-        tokens = self.encode(images_BCHW, keep_BK)
-        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
+        return pooled(self.encode(images_BCHW, keep_BK), self.class_tokens, self.pool)
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Classifies whole images, given as to ``encode``; returns ``logits_BC``."""
@@ -161,7 +161,7 @@ class Classifier(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002
         """The layers from below, as timm asks for them; the norm and the head are the last one together."""
         return {
-            "stem": r"^encoder\.(?:cls_token|pos_embed|patch_embed)",
+            "stem": r"^encoder\.(?:cls_token|reg_token|pos_embed|patch_embed)",
             "blocks": r"^encoder\.blocks\.(\d+)",
         }
 
@@ -320,7 +320,7 @@ def training_flops(classifier: Classifier) -> int:
     block it has, as the norm before trains too. Recomputation (in a fused attention) does not count.
     """
     mlp: Any = classifier.encoder.blocks[0].mlp
-    depth, D, T = len(classifier.encoder.blocks), classifier.width, 1 + classifier.num_patches
+    depth, D, T = len(classifier.encoder.blocks), classifier.width, classifier.class_tokens + classifier.num_patches
     embed = 2 * classifier.num_patches * D * classifier.channels * classifier.patch_size**2
     mlp_half = 4 * T * D * mlp.fc1.out_features
     block = 8 * T * D**2 + 4 * T**2 * D + mlp_half

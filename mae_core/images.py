@@ -179,7 +179,7 @@ def crop_resize(
     """Cuts a box, resizes it (bicubic with antialias, as Pillow does) and mirrors it, into ``out``.
 
     Args:
-        image_HWC: uint8 image.
+        image_HWC: uint8 image. Where the box leaves it, it goes on as in a mirror that stands on its last pixel.
         top: First row of the box.
         left: First column of the box.
         height: Rows of the box.
@@ -187,8 +187,12 @@ def crop_resize(
         flip: Whether the result is mirrored left to right.
         out: uint8 [H, W, C] that receives the result, for example one image of a batch.
     """
-    box_HWC = image_HWC[top : top + height, left : left + width]
-    assert box_HWC.shape[:2] == (height, width), f"box {top, left, height, width} leaves {image_HWC.shape}"
+    H, W = image_HWC.shape[:2]
+    if top < 0 or left < 0 or top + height > H or left + width > W:
+        rows, columns = (_mirrored(first, num, size) for first, num, size in ((top, height, H), (left, width, W)))
+        box_HWC = image_HWC[rows[:, None], columns]
+    else:
+        box_HWC = image_HWC[top : top + height, left : left + width]
     if box_HWC.shape == out.shape and not flip:
         out[...] = box_HWC
         return
@@ -199,6 +203,13 @@ def crop_resize(
     if flip:  # PyTorch mirrors pixels eight times as fast as NumPy
         box_1CHW = box_1CHW.flip(3)
     out[...] = box_1CHW.numpy()[0].transpose(1, 2, 0)
+
+
+def _mirrored(first: int, num: int, size: int) -> np.ndarray:
+    """Indices ``first`` to ``first + num`` of a line of ``size`` pixels that is mirrored at both ends."""
+    period = max(1, 2 * size - 2)
+    index = np.arange(first, first + num) % period
+    return np.minimum(index, period - index)
 
 
 def normalize(

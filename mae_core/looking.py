@@ -19,9 +19,9 @@ _GREY = 128
 
 @torch.no_grad()
 def cls_attention(model: MaskedAutoencoder, images_BCHW: torch.Tensor) -> torch.Tensor:
-    """Where the class token looks in the last encoder block, when all patches are visible.
+    """Where the class token looks in the last encoder block, when all patches are visible; of several the mean.
 
-    The share that it gives to itself is left out and not made up for: the values of a head sum to less than 1, and
+    The share that class tokens get is left out and not made up for: the values of a head sum to less than 1, and
     what is missing is that share.
 
     Args:
@@ -45,9 +45,10 @@ def cls_attention(model: MaskedAutoencoder, images_BCHW: torch.Tensor) -> torch.
     finally:
         handle.remove()
     (qkv,) = caught
+    S = model.class_tokens
     query, key, _ = qkv.float().unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-    logits = (query[:, :, :1] * attn.scale * key).sum(dim=3)  # [B, heads, 1 + N]
-    return logits.softmax(dim=2)[:, :, 1:].unflatten(2, model.grid_size)
+    logits = (query[:, :, :S, None] * attn.scale * key[:, :, None]).sum(dim=4)  # [B, heads, S, S + N]
+    return logits.softmax(dim=3).mean(dim=2)[:, :, S:].unflatten(2, model.grid_size)
 
 
 def pca_colours(patches_BND: torch.Tensor, grid: tuple[int, int]) -> np.ndarray:

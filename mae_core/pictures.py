@@ -1,15 +1,17 @@
 """Pictures for the eye: what the model saw, what it made of it, and what was there.
 
-B images, C channels, H and W height and width, N patches, M masked patches, P values a patch.
+B images, C channels, H and W height and width, N patches, M masked patches, P values a patch, Q predicted for one.
 """
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from mae_core.targets import normalize_patches, patchify, unpatchify
+from mae_core.masking import take
+from mae_core.targets import Raw, patchify, unpatchify
 
 _TILE = 128
 _MARGIN = 16
@@ -23,38 +25,36 @@ _HIDDEN = 0.82  # light grey: apart from the white page, and from black and whit
 
 def reconstruction_sheet(
     originals_BCHW: torch.Tensor,
-    pred_BMP: torch.Tensor,
+    pred_BMQ: torch.Tensor,
     masked_BM: torch.Tensor,
     *,
     patch_size: int | tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
-    normalize_pixels: bool,
+    target: Raw,
     scale: int | None = None,
 ) -> Image.Image:
     """Draws a row for each image: masked, reconstructed (visible patches as they are), original.
 
-    Where the model predicts normalised pixels, the true mean and standard deviation of each patch are put back,
-    and the sheet says so: a part of what one sees then comes from the original.
+    Where the model predicts something else than pixels, the sheet says what was done to it: with normalised pixels
+    the true mean and standard deviation of each patch are put back, and a part of what one sees is the original's.
 
     Args:
         originals_BCHW: The images as the model takes them, normalised by ``mean`` and ``std``.
-        pred_BMP: The predicted patches in the space of the model's target.
+        pred_BMQ: The predicted patches in the space of the model's target.
         masked_BM: int64, which patches they are.
         patch_size: Pixels a side, or (height, width).
         mean: Of each channel, of pixels in [0, 1].
         std: As ``mean``.
-        normalize_pixels: Whether the target is pixels normalised in each patch.
+        target: The model's.
         scale: Whole factor that enlarges the images; by default some 128 pixels a side are aimed at.
     """
-    originals_BCHW, pred_BMP = originals_BCHW.detach().float().cpu(), pred_BMP.detach().float().cpu()
+    originals_BCHW, masked_BM = originals_BCHW.detach().float().cpu(), masked_BM.cpu()
     num_channels, height, width = originals_BCHW.shape[1:]
     patches_BNP = patchify(originals_BCHW, patch_size)
-    index_BMP = masked_BM.cpu()[:, :, None].expand(pred_BMP.shape)
-    if normalize_pixels:
-        _, mean_BN1, std_BN1 = normalize_patches(patches_BNP)
-        index_BM1 = index_BMP[:, :, :1]
-        pred_BMP = pred_BMP * std_BN1.gather(1, index_BM1) + mean_BN1.gather(1, index_BM1)
+    target = copy.deepcopy(target).cpu()
+    pred_BMP = target.pixels(pred_BMQ.detach().float().cpu(), take(patches_BNP, masked_BM))
+    index_BMP = masked_BM[:, :, None].expand(pred_BMP.shape)
     reconstructed_BNP = patches_BNP.scatter(1, index_BMP, pred_BMP)
     hidden_BNP = torch.zeros_like(patches_BNP).scatter(1, index_BMP, 1.0)
 
@@ -70,9 +70,7 @@ def reconstruction_sheet(
         "reconstructed": pixels(reconstructed_BNP),
         "original": original_BCHW,
     }
-    notes = []
-    if normalize_pixels:
-        notes.append("Predicted patches: true mean and standard deviation put back.")
+    notes = [target.note] if target.note else []
     shown = 3 if num_channels >= 3 else 1
     if shown != num_channels:
         notes.append(f"Shown: the first {'three channels' if shown == 3 else 'channel'} of {num_channels}.")

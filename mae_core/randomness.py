@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     PROBE = 7
     AUGMENT = 8
     MIX = 9
+    JITTER = 10
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -1,9 +1,16 @@
-"""What the decoder has to predict: pixels cut into patches, raw or normalised.
+"""What the decoder has to predict: pixels cut into patches, raw, normalised, or their principal components.
 
-Shapes: B batch, C H W image, N patches (row by row), P values a patch (by row, column and channel in it).
+A target turns patches into what is predicted, and a prediction back into pixels. A new one is one more class here
+with its name in ``TARGETS``.
+
+Shapes: B batch, C H W image, N patches (row by row), P values a patch (by row, column and channel in it), Q values
+predicted for a patch, X patches of any images.
 """
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
 
 PatchSize = int | tuple[int, int]
 
@@ -63,3 +70,134 @@ def normalize_patches(patches_BNP: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     mean_BN1 = patches_BNP.mean(dim=-1, keepdim=True)
     std_BN1 = (patches_BNP.var(dim=-1, keepdim=True, unbiased=True) + 1e-6).sqrt()
     return (patches_BNP - mean_BN1) / std_BN1, mean_BN1, std_BN1
+
+
+def fit_pca(parts: Iterable[torch.Tensor], num_components: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Principal components of patches, those of the largest variance first.
+
+    A component's sign is free; here its entry of the largest size is positive.
+
+    Args:
+        parts: Patches [X, P], some at a time; sums are in float64 on the CPU, where equal parts give equal results.
+        num_components: Q, at most P.
+
+    Returns:
+        float32 ``mean_P`` and ``basis_PQ``, whose columns have length 1.
+
+    Raises:
+        ValueError: Fewer than two patches, or patches that are not finite.
+    """
+    num, sum_P, product_PP = 0, torch.zeros(()), torch.zeros(())
+    for part_XP in parts:
+        part_XP = part_XP.double().cpu()
+        num += len(part_XP)
+        sum_P, product_PP = sum_P + part_XP.sum(dim=0), product_PP + part_XP.T @ part_XP
+    if num < 2 or not product_PP.isfinite().all():
+        raise ValueError(f"principal components need two patches or more, all of them finite; found {num}")
+    mean_P = sum_P / num
+    _, direction_PP = torch.linalg.eigh(product_PP / num - mean_P.outer(mean_P))  # in rising order of variance
+    basis_PQ = direction_PP.flip(1)[:, :num_components]
+    sign_1Q = basis_PQ.gather(0, basis_PQ.abs().argmax(dim=0, keepdim=True)).sign()
+    return mean_P.float(), (basis_PQ * sign_1Q).float()
+
+
+class Raw(nn.Module):
+    """Pixels as they are.
+
+    Attributes:
+        size: Q.
+        note: What a picture of a reconstruction says of it; empty: nothing.
+        needs_fit: Whether ``fit`` has to be called before the first loss.
+    """
+
+    note = ""
+    needs_fit = False
+
+    def __init__(self, patch_values: int, num_components: int) -> None:  # noqa: ARG002
+        """Takes P, and the Q of targets that leave it open."""
+        super().__init__()
+        self.size = patch_values
+
+    def forward(self, patches_BNP: torch.Tensor) -> torch.Tensor:
+        """What is to be predicted of float32 patches: [B, N, Q]."""
+        return patches_BNP
+
+    def fit(self, parts: Iterable[torch.Tensor]) -> None:
+        """Learns from patches of the training data, given some at a time, what is to be predicted of others."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to fit")
+
+    def pixels(self, pred_BNQ: torch.Tensor, patches_BNP: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """A prediction as pixels [B, N, P]; the true patches give what was not predicted."""
+        return pred_BNQ
+
+
+class Normalized(Raw):
+    """Pixels normalised within each patch."""
+
+    note = "Predicted patches: true mean and standard deviation put back."
+
+    def forward(self, patches_BNP: torch.Tensor) -> torch.Tensor:
+        """As ``Raw.forward``."""
+        return normalize_patches(patches_BNP)[0]
+
+    def pixels(self, pred_BNQ: torch.Tensor, patches_BNP: torch.Tensor) -> torch.Tensor:
+        """As ``Raw.pixels``."""
+        _, mean_BN1, std_BN1 = normalize_patches(patches_BNP)
+        return pred_BNQ * std_BN1 + mean_BN1
+
+
+class PCA(Raw):
+    """The first principal components of a patch, not scaled (table 1d of the paper, where they are 96).
+
+    The components are buffers, which a checkpoint holds. Until ``fit`` they are NaN, so that a fit that is forgotten
+    shows itself in the first loss.
+    """
+
+    needs_fit = True
+
+    def __init__(self, patch_values: int, num_components: int) -> None:
+        """As ``Raw``.
+
+        Raises:
+            ValueError: A patch has fewer values than components are asked for.
+        """
+        super().__init__(patch_values, num_components)
+        if not 1 <= num_components <= patch_values:
+            found = f"{num_components} target components of patches of {patch_values} values"
+            raise ValueError(f"{found}: choose 1 to {patch_values}")
+        self.size = num_components
+        self.note = f"Predicted patches: from {num_components} principal components of {patch_values}."
+        self.mean: torch.Tensor
+        self.basis: torch.Tensor
+        self.register_buffer("mean", torch.empty(patch_values))
+        self.register_buffer("basis", torch.empty(patch_values, num_components))
+
+    def fit(self, parts: Iterable[torch.Tensor]) -> None:
+        """Takes the components of these patches, as ``fit_pca`` finds them."""
+        mean_P, basis_PQ = fit_pca(parts, self.size)
+        self.mean.copy_(mean_P)
+        self.basis.copy_(basis_PQ)
+
+    def forward(self, patches_BNP: torch.Tensor) -> torch.Tensor:
+        """As ``Raw.forward``."""
+        # Autocast would round the target, not only what is learned.
+        with torch.autocast(patches_BNP.device.type, enabled=False):
+            return (patches_BNP - self.mean) @ self.basis
+
+    def pixels(self, pred_BNQ: torch.Tensor, patches_BNP: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """As ``Raw.pixels``."""
+        return pred_BNQ @ self.basis.T + self.mean
+
+
+TARGETS: dict[str, type[Raw]] = {"raw": Raw, "normalized": Normalized, "pca": PCA}
+
+
+def make_target(kind: str, patch_values: int, num_components: int) -> Raw:
+    """The target of a name.
+
+    Raises:
+        ValueError: There is none of that name, or it does not go with the patches.
+    """
+    if kind not in TARGETS:
+        raise ValueError(f"target '{kind}' is unknown: choose {', '.join(TARGETS)}")
+    return TARGETS[kind](patch_values, num_components)

@@ -1,7 +1,9 @@
 """Weights in and out of the official MAE layout; its encoder keys are timm's own.
 
 The official layout is one flat state dict: timm's encoder keys beside ``decoder_embed``, ``mask_token``,
-``decoder_pos_embed``, ``decoder_blocks.N``, ``decoder_norm`` and ``decoder_pred``.
+``decoder_pos_embed``, ``decoder_blocks.N``, ``decoder_norm`` and ``decoder_pred``. What the official code does not have
+has keys of its own: ``encoder_mask_token`` in place of ``mask_token``, and ``target.*`` of a fitted target. Class
+tokens after the first are timm's ``reg_token``.
 """
 
 import argparse
@@ -10,7 +12,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -20,7 +22,6 @@ from mae_core.model import MaskedAutoencoder
 
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _ENCODER = "encoder."
-_DECODER = ("decoder_", "mask_token")
 _SHAPES = "mae_core.shapes"
 
 
@@ -34,7 +35,7 @@ def encoder_state(model: MaskedAutoencoder) -> dict[str, torch.Tensor]:
 
     It loads with ``strict=True`` into ``timm.create_model`` of the same architecture and sizes
     (``num_classes=0``, ``img_size``, and ``patch_size``, ``in_chans``, ``embed_dim``, ``depth``, ``num_heads``,
-    ``mlp_ratio`` where they were overridden).
+    ``mlp_ratio`` where they were overridden, and ``reg_tokens``, one fewer than the class tokens).
     """
     return {
         name.removeprefix(_ENCODER): tensor for name, tensor in model.state_dict().items() if name.startswith(_ENCODER)
@@ -117,6 +118,44 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int | list[int
     return state, {}
 
 
+def has_decoder(state: dict[str, torch.Tensor]) -> bool:
+    """Whether a state dict in the official layout holds more than an encoder."""
+    return any(name.startswith(("decoder_", "mask_token", "encoder_mask_token", "target.")) for name in state)
+
+
+def encoder_sizes(
+    state: dict[str, torch.Tensor], known: dict[str, int | list[int]], num_heads: int | None, path: Path
+) -> dict[str, Any]:
+    """The encoder's sizes as ``MaskedAutoencoder`` takes them, from its tensors' shapes.
+
+    Args:
+        state: Holds the encoder under timm's keys.
+        known: What the file says beside its tensors.
+        num_heads: What is asked for; None: as the file says, else by the width.
+        path: The file, for what is said of it.
+
+    Raises:
+        ValueError: Heads that do not fit, or positions whose grid nobody knows.
+    """
+    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape
+    if num_heads is None:
+        num_heads = written if isinstance(written := known.get("num_heads"), int) else _HEADS.get(width, width // 64)
+    num_heads = _agreed("num_heads", num_heads, known.get("num_heads"), path)
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"{path}: {num_heads} heads do not divide the encoder's width {width}: pass num_heads")
+    class_tokens = 1 + (state["reg_token"].shape[1] if "reg_token" in state else 0)
+    return {
+        "image_size": _image_size(state["pos_embed"].shape[1] - class_tokens, patch[-1], known.get("image_size"), path),
+        "patch_size": patch[-1],
+        "channels": patch[1],
+        "width": width,
+        "depth": _depth(state, "blocks"),
+        "num_heads": num_heads,
+        "mlp_ratio": _mlp_ratio(state, width),
+        "class_tokens": class_tokens,
+    }
+
+
 def _depth(state: dict[str, torch.Tensor], prefix: str) -> int:
     return len({match[1] for name in state if (match := re.match(rf"{prefix}\.(\d+)\.", name))})
 
@@ -141,40 +180,13 @@ def _agreed(name: str, given: int, known: object, path: Path) -> int:
     return given
 
 
-def _has_decoder(state: dict[str, torch.Tensor]) -> bool:
-    return any(name.startswith(_DECODER) for name in state)
-
-
-def _encoder_sizes(state: dict[str, torch.Tensor], known: dict[str, Any], num_heads: int | None, path: Path) -> Any:
-    """The encoder's sizes, as ``MaskedAutoencoder`` takes them.
-
-    Raises:
-        ValueError: Heads or image size do not fit, or nothing tells them.
-    """
-    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape
-    if num_heads is None:
-        num_heads = written if isinstance(written := known.get("num_heads"), int) else _HEADS.get(width, width // 64)
-    num_heads = _agreed("num_heads", num_heads, known.get("num_heads"), path)
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(f"{path}: {num_heads} heads do not divide the encoder's width {width}: pass num_heads")
-    return {
-        "image_size": _image_size(state["pos_embed"].shape[1] - 1, patch[-1], known.get("image_size"), path),
-        "patch_size": patch[-1],
-        "channels": patch[1],
-        "width": width,
-        "depth": _depth(state, "blocks"),
-        "num_heads": num_heads,
-        "mlp_ratio": _mlp_ratio(state, width),
-    }
-
-
 def load_official(
     path: str | Path,
     *,
     num_heads: int | None = None,
     decoder_num_heads: int = 16,
     mask_ratio: float = 0.75,
-    normalize_pixels: bool = False,
+    target: Literal["raw", "normalized"] = "raw",
 ) -> MaskedAutoencoder:
     """Builds a model from a full checkpoint (encoder and decoder) in the official layout.
 
@@ -186,7 +198,8 @@ def load_official(
             (that of ViT-Ti, S, B, L or H, else ``width // 64``).
         decoder_num_heads: Decoder heads; no shape tells them.
         mask_ratio: Of the model built.
-        normalize_pixels: Whether the checkpoint was trained on normalised pixels; no shape tells.
+        target: What the checkpoint was trained on, pixels or normalised pixels; no shape tells. That it was on
+            principal components, the file does.
 
     Returns:
         The model on the current default device, in training mode.
@@ -197,22 +210,25 @@ def load_official(
     """
     path = Path(path)
     state, known = _read(path)
-    if "cls_token" in state and not _has_decoder(state):
+    if "cls_token" in state and not has_decoder(state):
         raise ValueError(f"{path} holds an encoder alone: load it with timm, or give a full checkpoint")
-    needed = {"cls_token": 3, "pos_embed": 3, "mask_token": 3}
-    needed |= {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
+    needed = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
+    needed |= {"decoder_embed.weight": 2, "encoder_mask_token" if "encoder_mask_token" in state else "mask_token": 3}
     if missing := [name for name in needed if name not in state]:
         found = ", ".join(list(state)[:3])
         raise ValueError(f"{path} is no checkpoint in the official layout: {missing[0]} is missing ({found}, ...)")
     if wrong := [name for name, ndim in needed.items() if state[name].ndim != ndim]:
         raise ValueError(f"{path}: {wrong[0]} has the shape {list(state[wrong[0]].shape)} of another layout")
     model = MaskedAutoencoder(
-        **_encoder_sizes(state, known, num_heads, path),
-        decoder_width=state["mask_token"].shape[-1],
+        **encoder_sizes(state, known, num_heads, path),
+        decoder="mlp" if any(".mlp_tokens." in name for name in state) else "transformer",
+        decoder_width=len(state["decoder_embed.weight"]),
         decoder_depth=_depth(state, "decoder_blocks"),
         decoder_heads=_agreed("decoder_num_heads", decoder_num_heads, known.get("decoder_num_heads"), path),
         mask_ratio=mask_ratio,
-        normalize_pixels=normalize_pixels,
+        encoder_mask_tokens="encoder_mask_token" in state,
+        target="pca" if "target.basis" in state else target,
+        target_components=state["target.basis"].shape[-1] if "target.basis" in state else 1,
     )
     try:
         load_state(model, state)
@@ -226,7 +242,7 @@ def load_weights(
     *,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
-    normalize_pixels: bool = False,
+    target: Literal["raw", "normalized"] = "raw",
 ) -> tuple[MaskedAutoencoder, bool]:
     """Builds a model from a full checkpoint in the official layout, or from an encoder alone under timm's keys.
 
@@ -234,7 +250,7 @@ def load_weights(
         path: A ``.pth`` file or ``.safetensors``, as ``load_official`` takes it.
         num_heads: Encoder heads; None: as the file says, else by the width.
         decoder_num_heads: Decoder heads; None: as the file says, else the paper's 16.
-        normalize_pixels: Whether the checkpoint was trained on normalised pixels; no shape tells.
+        target: What the checkpoint was trained on, as ``load_official`` takes it.
 
     Returns:
         The model on the current default device, and whether the file has a decoder. Where it has none, the
@@ -246,26 +262,19 @@ def load_weights(
     """
     path = Path(path)
     state, known = _read(path)
-    if "cls_token" not in state or _has_decoder(state):
+    if "cls_token" not in state or has_decoder(state):
         if decoder_num_heads is None:
             decoder_num_heads = written if isinstance(written := known.get("decoder_num_heads"), int) else 16
-        model = load_official(
-            path, num_heads=num_heads, decoder_num_heads=decoder_num_heads, normalize_pixels=normalize_pixels
-        )
+        model = load_official(path, num_heads=num_heads, decoder_num_heads=decoder_num_heads, target=target)
         return model, True
     needed = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
     for name, ndim in needed.items():
         if name not in state or state[name].ndim != ndim:
             found = list(state[name].shape) if name in state else "missing"
             raise ValueError(f"{path} is no encoder under timm's keys: {name} is {found}, expected {ndim} dimensions")
-    model = MaskedAutoencoder(
-        **_encoder_sizes(state, known, num_heads, path),
-        decoder_width=4,
-        decoder_depth=0,
-        decoder_heads=1,
-        normalize_pixels=normalize_pixels,
-    )
-    stub = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(_DECODER)}
+    sizes = encoder_sizes(state, known, num_heads, path)
+    model = MaskedAutoencoder(**sizes, decoder_width=4, decoder_depth=0, decoder_heads=1, target=target)
+    stub = {name: tensor for name, tensor in official_state(model).items() if has_decoder({name: tensor})}
     try:
         load_state(model, state | stub)
     except ValueError as error:

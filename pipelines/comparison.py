@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import identity_hash
+from pipelines.config import identity_hash, younger_defaults
 from pipelines.errors import UserError
 from pipelines.runs import CONFIG, find_run
 from pipelines.spool import SPOOL_FILE, read_spool, redact
@@ -27,7 +27,7 @@ NO_POINTS = "no points yet"
 OWN_KEYS = ("run.name", "run.storage")
 # What a loss measures: runs that differ here predict something else, or from something else.
 _LOSS_KEYS = re.compile(
-    r"model\.(target|mask\w*|patch_size)|mask\..*|data\.(image_size|channels|mean|std|crop_scale|digest)"
+    r"model\.(target\w*|mask\w*|loss_on|patch_size)|mask\..*|data\.(image_size|channels|mean|std|augment|crop_scale|digest)"
 )
 _PERCENT = ("_top1", "_miou")
 _LARGEST = 1e300
@@ -82,7 +82,7 @@ def read_run(storage: str, name: str) -> Run:
     if not isinstance(sections.get("model"), dict):
         raise UserError(f"'{name}' is no pretraining run: {store.shown(CONFIG)} has no section 'model'")
     identity = _json(store, "identity.json")
-    config = _flat(sections) | {key: identity[key] for key in ("data.digest",) if key in identity}
+    config = younger_defaults() | _flat(sections) | {key: identity[key] for key in ("data.digest",) if key in identity}
     curves: dict[str, Points] = {}
     nonfinite, status = 0, ""
     for line in _spool(store):

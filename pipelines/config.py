@@ -52,6 +52,9 @@ class Data(Section):
     """Mean of each channel, of values in 0..1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel."""
+    augment: Literal["none", "fixed_crop", "random_crop", "random_crop_jitter"] = "random_crop"
+    """none: the whole image, not mirrored; fixed_crop: shifted by up to an eighth of its side; random_crop: of a random
+    size within crop_scale; random_crop_jitter: and its colours changed."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest share of the image's area that a random crop covers."""
     flip: bool = True
@@ -77,10 +80,24 @@ class Model(Section):
     """Encoder blocks; 0: as the architecture has it."""
     heads: int = Field(default=0, ge=0)
     """Encoder heads; 0: as the architecture has it."""
+    class_tokens: int = Field(default=1, ge=1)
+    """Class tokens; as a feature the mean of them is taken."""
+    mask: Literal["random", "block", "grid"] = "random"
+    """Masked patches: anywhere; in rectangles, as BEiT's; all but one of each 2x2 (at a mask ratio of 0.75)."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of the patches that is hidden from the encoder."""
-    target: Literal["raw", "normalized"] = "normalized"
-    """What is reconstructed: pixels, or pixels normalised within each patch."""
+    mask_cell: int = Field(default=1, ge=1)
+    """Side, in patches, of the cells that are hidden or shown as a whole."""
+    encoder_mask_tokens: bool = False
+    """Show the encoder mask tokens in place of the hidden patches: slow, and worse features (the paper's table 1c)."""
+    target: Literal["raw", "normalized", "pca"] = "normalized"
+    """What is reconstructed: pixels, pixels normalised within each patch, or a patch's principal components."""
+    target_components: int = Field(default=96, ge=1)
+    """Principal components of a patch, with target pca."""
+    loss_on: Literal["masked", "all"] = "masked"
+    """Which patches are reconstructed."""
+    decoder: Literal["transformer", "mlp"] = "transformer"
+    """Decoder blocks: a Vision Transformer's, or an MLP-Mixer's."""
     decoder_width: int = Field(default=512, gt=0)
     """Decoder width."""
     decoder_depth: int = Field(default=8, gt=0)
@@ -247,6 +264,26 @@ def flat(section: pydantic.BaseModel, prefix: str = "") -> dict[str, Any]:
 # What decides the numbers that a run produces: all but where it runs, how often it tells and where things lie.
 _RESULT = ("run.seed", "run.init_from", "data.", "model.", "batch.global_size", "optim.", "train.")
 _NOT_RESULT = ("data.train", "data.deadline_s", "data.cpus_per_task", "train.compile")
+# The keys that the first runs had. None is ever added: a younger key is left out of an identity where it has its
+# default, so that a run from before it stays the run that it was.
+_FIRST = frozenset((
+    "run.seed", "run.init_from",
+    "data.image_size", "data.channels", "data.mean", "data.std", "data.crop_scale", "data.flip", "data.repeats",
+    "model.arch", "model.patch_size", "model.width", "model.depth", "model.heads", "model.mask_ratio", "model.target",
+    "model.decoder_width", "model.decoder_depth", "model.decoder_heads",
+    "batch.global_size", "optim.base_lr", "optim.weight_decay", "optim.betas", "optim.warmup_epochs",
+    "train.epochs", "train.steps", "train.precision",
+))  # fmt: skip
+
+
+def younger_defaults() -> dict[str, Any]:
+    """The keys that define a result and that the first runs did not have, with the values that these had."""
+    return {key: value for key, value in _result(Config()).items() if key not in _FIRST}
+
+
+def _result(config: Config) -> dict[str, Any]:
+    values = {key: value for key, value in flat(config).items() if key.startswith(_RESULT) and key not in _NOT_RESULT}
+    return json.loads(json.dumps(values))
 
 
 def identity(config: Config, data_digest: str) -> dict[str, Any]:
@@ -256,8 +293,9 @@ def identity(config: Config, data_digest: str) -> dict[str, Any]:
         config: The resolved configuration.
         data_digest: The training manifest's digest, which stands for where the shards lie.
     """
-    values = {key: value for key, value in flat(config).items() if key.startswith(_RESULT) and key not in _NOT_RESULT}
-    return json.loads(json.dumps(values | {"data.digest": data_digest}))
+    defaults = younger_defaults()
+    values = {key: value for key, value in _result(config).items() if key in _FIRST or value != defaults[key]}
+    return values | {"data.digest": data_digest}
 
 
 def identity_hash(values: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Pictures of what a model makes of chosen images: reconstructions, attention, shared features, neighbours."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mae_core.images import normalize
 from mae_core.looking import cls_attention, nearest, pca_colours
-from mae_core.masking import num_kept, random_masking
+from mae_core.masking import random_masking
 from mae_core.model import MaskedAutoencoder
 from mae_core.pictures import reconstruction_sheet
-from mae_core.randomness import mask_keys, mask_noise
+from mae_core.randomness import mask_keys
 from mae_core.sheets import heat_overlay, neighbour_sheet, titled_grid
 from pipelines.data.lookup import read_samples
 from pipelines.data.readers import View
@@ -49,7 +50,7 @@ class Subject:
 
     def normalized(self, images_BHWC: np.ndarray) -> torch.Tensor:
         """Pixels as the model takes them, on its device."""
-        device = self.model.mask_token.device
+        device = self.model.decoder_pos_embed.device
         return normalize(torch.from_numpy(images_BHWC).to(device), self.mean, self.std)
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor], images_BHWC: np.ndarray) -> torch.Tensor:
@@ -74,13 +75,14 @@ def draw_reconstruction(
 ) -> Image.Image:
     """Rows of masked, reconstructed and original; the masks are those of training in epoch 0 with that seed."""
     model = subject.model
-    num_keep = num_kept(model.num_patches, mask_ratio)
-    noise_BN = mask_noise(mask_keys(mask_seed, np.zeros_like(sample_B), sample_B), model.num_patches)
-    keep_BK, masked_BM = (index.to(model.mask_token.device) for index in random_masking(noise_BN, num_keep))
+    masking = dataclasses.replace(model.masking, mask_ratio=mask_ratio)
+    noise_BN = masking.noise(mask_keys(mask_seed, np.zeros_like(sample_B), sample_B))
+    device = model.decoder_pos_embed.device
+    keep_BK, masked_BM = (index.to(device) for index in random_masking(noise_BN, masking.num_keep))
     parts = []
     for start in range(0, len(sample_B), _ENCODED_AT_ONCE):
         part = slice(start, start + _ENCODED_AT_ONCE)
-        latent = model.encode(subject.normalized(images_BHWC[part]), keep_BK[part])
+        latent = model.encode(subject.normalized(images_BHWC[part]), keep_BK[part], masked_BM[part])
         parts.append(model.decode(latent, keep_BK[part], masked_BM[part]).float().cpu())
     sheet = reconstruction_sheet(
         subject.normalized(images_BHWC),
@@ -89,9 +91,9 @@ def draw_reconstruction(
         patch_size=model.patch_size,
         mean=subject.mean,
         std=subject.std,
-        normalize_pixels=model.normalize_pixels,
+        target=model.target,
     )
-    hidden = f"{model.num_patches - num_keep} of {model.num_patches} patches masked"
+    hidden = f"{masked_BM.shape[1]} of {model.num_patches} patches masked"
     return subject.headed(sheet, f"mask ratio {mask_ratio:g}, {hidden}, mask seed {mask_seed}")
 
 
@@ -113,7 +115,7 @@ def draw_attention(subject: Subject, images_BHWC: np.ndarray, titles: Sequence[s
 def draw_pca(subject: Subject, images_BHWC: np.ndarray, titles: Sequence[str]) -> Image.Image:
     """Rows of an image and its patches, coloured by the first three principal components over all the images."""
     model = subject.model
-    patches_BND = subject.apply(lambda images_BCHW: model.encode(images_BCHW)[:, 1:], images_BHWC)
+    patches_BND = subject.apply(lambda images_BCHW: model.encode(images_BCHW)[:, model.class_tokens :], images_BHWC)
     colours_BHWC = pca_colours(patches_BND, model.grid_size)
     colours_BHWC = colours_BHWC.repeat(model.patch_size, axis=1).repeat(model.patch_size, axis=2)
     rows = list(zip(_colour(images_BHWC), colours_BHWC, strict=True))

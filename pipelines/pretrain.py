@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import provenance
 from pipelines.cli import parse_with_file, to_toml
-from pipelines.config import Config, flat, identity, identity_hash, total_steps
+from pipelines.config import Config, flat, identity, identity_hash, total_steps, younger_defaults
 from pipelines.console import Console
 from pipelines.data.shards import Manifest, load_manifest
 from pipelines.errors import UserError, run_command
@@ -114,7 +114,8 @@ def open_run(config: Config, data_digest: str) -> dict[str, Any] | None:
         # A run that never reached a checkpoint has nothing that a change could spoil.
         started = bool(checkpoint.steps(store.child("checkpoints")))
         if changed and started and not config.run.allow_change:
-            key = changed[0]
+            key, defaults = changed[0], younger_defaults()
+            mine, theirs = defaults | mine, defaults | theirs
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
                 f"run '{config.run.name}' exists with another configuration: {key} was {theirs.get(key)!r}, is now "

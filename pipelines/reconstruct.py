@@ -5,6 +5,7 @@ python -m pipelines.reconstruct --run digits --samples 3 17 --mask-ratios 0.5 0.
 python -m pipelines.reconstruct --weights mae_vit_base_full.pth --data shards/photos --heads
 """
 
+import dataclasses
 import io
 import shutil
 import sys
@@ -17,7 +18,6 @@ import torch
 from PIL import Image
 from pydantic import Field
 
-from mae_core.masking import num_kept
 from mae_core.weights import load_weights
 from pipelines.cli import parse
 from pipelines.config import SEED_LIMIT, Data, Section
@@ -156,7 +156,7 @@ def _of_weights(args: Reconstruct) -> tuple[Subject, None, str]:
             path,
             num_heads=args.num_heads or None,
             decoder_num_heads=args.decoder_num_heads or None,
-            normalize_pixels=args.target == "normalized",
+            target=args.target,
         )
     except ValueError as error:
         raise UserError(f"--weights: {error}") from None
@@ -180,7 +180,7 @@ def _kinds(args: Reconstruct, subject: Subject) -> list[str]:
         if subject.has_decoder:
             for ratio in args.mask_ratios:
                 try:
-                    num_kept(subject.model.num_patches, ratio)
+                    dataclasses.replace(subject.model.masking, mask_ratio=ratio)
                 except ValueError as error:
                     raise UserError(f"--mask-ratios: {error}") from None
         else:

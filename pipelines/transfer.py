@@ -183,9 +183,7 @@ def _config_of(model: Any) -> Config:
         "width": model.width,
         "depth": len(model.encoder.blocks),
         "heads": model.num_heads,
-        "decoder_width": model.decoder_embed.out_features,
-        "decoder_depth": len(model.decoder_blocks),
-        "decoder_heads": model.decoder_heads,
+        **model.options,
     }
     return Config.model_validate(values)
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mae_core.augment import auto_augment
-from mae_core.images import Crops, ImageError, center_crops, crop_resize, decode, random_resized_crops
+from mae_core.augment import AUGMENTS, auto_augment
+from mae_core.images import Crops, ImageError, center_crops, crop_resize, decode
 from mae_core.mask_images import IGNORE, check_mask_size, crop_mask, decode_mask
 from pipelines.data.layout import Layout, make_layout
 from pipelines.data.plan import FILLER, GRAIN, Cut, Plan
@@ -41,6 +41,7 @@ class View:
         crop_share: Side of the central crop over the image's shorter side.
         auto_augment: RandAugment after a random crop, in timm's words; empty: none.
         masks: Also read the samples' segmentation masks, under the crops of their images.
+        augment: How the crops are drawn and what else is done, by its name in ``AUGMENTS``; not with the central crop.
     """
 
     image_size: tuple[int, int]
@@ -51,6 +52,7 @@ class View:
     crop_share: float = 0.875
     auto_augment: str = ""
     masks: bool = False
+    augment: str = "random_crop"
 
     def crops(
         self, height_B: np.ndarray, width_B: np.ndarray, epoch_B: np.ndarray, sample_B: np.ndarray, repeat: int
@@ -58,9 +60,10 @@ class View:
         """The crop of each image of a block."""
         if self.crop_scale is None:
             return center_crops(height_B, width_B, out_size=self.image_size, share=self.crop_share)
-        return random_resized_crops(
+        return AUGMENTS[self.augment].crops(
             height_B,
             width_B,
+            out_size=self.image_size,
             seed=self.seed,
             epoch_B=epoch_B,
             sample_B=sample_B,
@@ -321,6 +324,7 @@ def _decode_views(
     if not good:
         return skipped
     sizes = np.array([image.shape[:2] for image in decoded])
+    change_pixels = AUGMENTS[view.augment].pixels
     for r, index in enumerate(indices):
         crops = view.crops(sizes[:, 0], sizes[:, 1], epoch_RB[r, good], sample_RB[r, good], stream.cut.repeat(index))
         real = (sample_RB[r, good] != FILLER).tolist()
@@ -329,9 +333,12 @@ def _decode_views(
                 crop_resize(image, *box, out=images_RBHWC[r, row])
                 if masks_RBHW is not None:
                     crop_mask(masks[number], *box, out=masks_RBHW[r, row])
-                if view.auto_augment:
+                if view.auto_augment or change_pixels:
                     key = view.seed, int(epoch_RB[r, row]), int(sample_RB[r, row])
-                    auto_augment(images_RBHWC[r, row], view.auto_augment, key)
+                    if view.auto_augment:
+                        auto_augment(images_RBHWC[r, row], view.auto_augment, key)
+                    if change_pixels:
+                        change_pixels(images_RBHWC[r, row], (*key, stream.cut.repeat(index)))
                 weight_RB[r, row] = 1.0
     label_RB[sample_RB == FILLER] = -1
     return skipped

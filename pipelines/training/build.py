@@ -1,13 +1,21 @@
 """From a configuration to a model."""
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from mae_core import weights
+from mae_core.images import normalize
 from mae_core.model import MaskedAutoencoder
 from pipelines.config import Config
+from pipelines.data.plan import GRAIN, Cut
+from pipelines.data.readers import Stream, parse_block, read_blocks
 from pipelines.errors import UserError
+
+FIT_IMAGES = GRAIN
+_FIT_ROWS = 64
 
 
 def build_model(config: Config) -> MaskedAutoencoder:
@@ -26,15 +34,36 @@ def build_model(config: Config) -> MaskedAutoencoder:
             width=model.width or None,
             depth=model.depth or None,
             num_heads=model.heads or None,
-            decoder_width=model.decoder_width,
-            decoder_depth=model.decoder_depth,
-            decoder_heads=model.decoder_heads,
-            mask_ratio=model.mask_ratio,
-            normalize_pixels=model.target == "normalized",
             seed=config.run.seed,
+            # The other keys have the names of the arguments.
+            **model.model_dump(exclude={"arch", "patch_size", "width", "depth", "heads"}),
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
+
+
+def fit_target(model: MaskedAutoencoder, stream: Stream, config: Config) -> None:
+    """Fits a model's target on the first images of a run, under their crops of the first epoch.
+
+    Args:
+        model: One whose target needs it.
+        stream: The run's images.
+        config: The run's configuration.
+
+    Raises:
+        ValueError: None of the images can be read.
+    """
+    plan, num = stream.plan, min(FIT_IMAGES, stream.plan.num_samples)
+    rows = min(num, _FIT_ROWS)
+    some = Stream(stream.manifest, dataclasses.replace(plan, end=num), Cut(rows, rows, 1), stream.view, stream.policy)
+
+    def patches() -> Iterator[torch.Tensor]:
+        for table in read_blocks(some, [[[index]] for index in range(-(-num // rows))]):
+            (batch,) = parse_block(table, some)
+            images_BHWC = torch.from_numpy(batch.images_BHWC[batch.weight_B > 0])
+            yield model.patches(normalize(images_BHWC, config.data.mean, config.data.std)).flatten(0, 1)
+
+    model.target.fit(patches())
 
 
 def check_model(config: Config) -> None:

@@ -30,7 +30,7 @@ from pipelines.spool import Spool
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
 from pipelines.training import checkpoint
-from pipelines.training.build import build_model, initial_weights
+from pipelines.training.build import build_model, fit_target, initial_weights
 from pipelines.training.pictures import save_reconstructions
 from pipelines.training.probing import Prober
 from pipelines.training.runfolder import RunFolder
@@ -135,6 +135,7 @@ class _Worker:
                 config.run.seed,
                 config.data.crop_scale,
                 config.data.flip,
+                augment=config.data.augment,
             ),
             ReadPolicy(deadline_s=config.data.deadline_s),
         )
@@ -188,6 +189,13 @@ class _Worker:
         elif self.config.run.init_from:
             initial_weights(self.model, self.config.run.init_from)
             self.say(f"starting from the weights of {self.config.run.init_from}")
+        elif self.model.target.needs_fit:
+            if self.rank == 0:
+                self.say(f"fitting the target {self.config.model.target} on images of the training data")
+                fit_target(self.model, self.stream, self.config)
+            if self.world_size > 1:
+                for buffer in self.model.target.buffers():
+                    dist.broadcast(buffer, src=0)
         return found or 0
 
     # ---- the steps
@@ -241,13 +249,14 @@ class _Worker:
     def _trainer(self) -> Trainer:
         model: torch.nn.Module = torch.compile(self.model) if self.config.train.compile else self.model  # type: ignore[assignment]
         if self.world_size > 1:
-            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            # The only buffers are a fitted target's, which never change.
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         config = self.config
         return Trainer(
             model,
             self.optimizer,
             self.stream.cut,
-            self.model.num_patches,
+            self.model.masking,
             config.run.seed,
             torch.tensor(config.data.mean, device=self.device),
             torch.tensor(config.data.std, device=self.device),

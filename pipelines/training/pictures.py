@@ -8,7 +8,7 @@ import torch
 from mae_core.images import normalize
 from mae_core.model import MaskedAutoencoder
 from mae_core.pictures import reconstruction_sheet
-from mae_core.randomness import mask_keys, mask_noise
+from mae_core.randomness import mask_keys
 from pipelines.config import Config
 from pipelines.data.plan import Cut, Plan
 from pipelines.data.readers import Stream, View, read_images
@@ -38,7 +38,7 @@ def save_reconstructions(model: MaskedAutoencoder, config: Config, images: Manif
     device = next(model.parameters()).device
     images_BCHW = normalize(torch.from_numpy(batch.images_BHWC[good]).to(device), config.data.mean, config.data.std)
     keys_B = mask_keys(config.run.seed, np.zeros_like(good), batch.sample_B[good]).to(device)
-    out = model(images_BCHW, mask_noise(keys_B, model.num_patches))
+    out = model(images_BCHW, model.masking.noise(keys_B))
     sheet = reconstruction_sheet(
         images_BCHW.cpu(),
         out["pred"].float().cpu(),
@@ -46,7 +46,7 @@ def save_reconstructions(model: MaskedAutoencoder, config: Config, images: Manif
         patch_size=model.patch_size,
         mean=config.data.mean,
         std=config.data.std,
-        normalize_pixels=model.normalize_pixels,
+        target=model.target,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

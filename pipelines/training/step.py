@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.images import normalize
+from mae_core.masking import Masking
 from mae_core.optim import set_lr
-from mae_core.randomness import mask_keys, mask_noise
+from mae_core.randomness import mask_keys
 from pipelines.data.plan import Cut
 from pipelines.data.readers import MicroBatch
 
@@ -26,7 +27,7 @@ class Trainer:
             where there are several.
         optimizer: Fused AdamW.
         cut: How batches are cut.
-        num_patches: N, for the masks.
+        masking: How masks are drawn.
         seed: The run's seed.
         mean_C: Mean of each channel, on the device.
         std_C: Standard deviation of each channel, on the device.
@@ -37,7 +38,7 @@ class Trainer:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     cut: Cut
-    num_patches: int
+    masking: Masking
     seed: int
     mean_C: torch.Tensor
     std_C: torch.Tensor
@@ -57,7 +58,7 @@ class Trainer:
         images_BHWC = torch.from_numpy(batch.images_BHWC.copy()).to(self.device)
         keys_B = mask_keys(self.seed, batch.epoch_B, batch.sample_B, batch.repeat).to(self.device)
         weight_B = torch.from_numpy(batch.weight_B.copy()).to(self.device)
-        return normalize(images_BHWC, self.mean_C, self.std_C), mask_noise(keys_B, self.num_patches), weight_B
+        return normalize(images_BHWC, self.mean_C, self.std_C), self.masking.noise(keys_B), weight_B
 
 
 def train_step(trainer: Trainer, batches: Iterator[MicroBatch], lr: float) -> torch.Tensor:

@@ -38,8 +38,9 @@ def pixels(*shape: int, seed: int = 0) -> np.ndarray:
 # Attention of the class token
 
 
-def test_attention_is_the_one_that_timm_computes_unfused() -> None:
-    model, images = small_model(), randn(5, 3, 16, 24)
+@pytest.mark.parametrize("class_tokens", [1, 3])
+def test_attention_is_the_one_that_timm_computes_unfused(class_tokens: int) -> None:
+    model, images = small_model(class_tokens=class_tokens), randn(5, 3, 16, 24)
     block = model.encoder.blocks[1]
     assert isinstance(block, Block)
     attn: Any = block.attn
@@ -53,9 +54,10 @@ def test_attention_is_the_one_that_timm_computes_unfused() -> None:
     handle = attn.attn_drop.register_forward_hook(lambda _module, _inputs, output: weights.append(output.detach()))
     model.encode(images)
     handle.remove()
-    torch.testing.assert_close(found, weights[0][:, :, 0, 1:].reshape(5, 3, 4, 6))
-    # What is missing to 1 is the share of the class token itself.
-    torch.testing.assert_close(1 - found.sum(dim=(2, 3)), weights[0][:, :, 0, 0])
+    of_class = weights[0][:, :, :class_tokens].mean(dim=2)
+    torch.testing.assert_close(found, of_class[:, :, class_tokens:].reshape(5, 3, 4, 6))
+    # What is missing to 1 is the share of the class tokens themselves.
+    torch.testing.assert_close(1 - found.sum(dim=(2, 3)), of_class[:, :, :class_tokens].sum(dim=2))
     assert weights[0][:, :, 0].std(dim=2).min() > 1e-3  # else everything would agree
 
 

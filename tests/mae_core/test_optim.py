@@ -78,6 +78,7 @@ def test_found_inf_skips_a_step_without_a_trace():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     moments = [{key: value.clone() for key, value in state.items()} for state in optimizer.state.values()]
 
+    assert model.mask_token is not None
     model.mask_token.grad = torch.full_like(model.mask_token, torch.nan)
     optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
     optimizer.step()

@@ -4,13 +4,13 @@ import torch
 from PIL import Image
 
 from mae_core.pictures import reconstruction_sheet
-from mae_core.targets import normalize_patches, patchify
+from mae_core.targets import make_target, patchify
 
 MEAN, STD = (0.4, 0.5, 0.6, 0.5, 0.5), (0.2, 0.25, 0.3, 0.2, 0.2)
 
 
 def drawn(
-    channels: int, *, normalize_pixels: bool, size: tuple[int, int] = (32, 32), scale: int | None = None
+    channels: int, *, target: str, size: tuple[int, int] = (32, 32), scale: int | None = None
 ) -> tuple[Image.Image, np.ndarray]:
     """A sheet of two images whose prediction is their own target, and the images as uint8 [B, H, W, C]."""
     pixels = np.random.default_rng(0).integers(0, 256, (2, *size, channels), dtype=np.uint8)
@@ -18,9 +18,12 @@ def drawn(
     normalized = (torch.from_numpy(pixels) / 255 - torch.tensor(mean)) / torch.tensor(std)
     originals = normalized.permute(0, 3, 1, 2)
     patches = patchify(originals, 8)
-    target = normalize_patches(patches)[0] if normalize_pixels else patches
+    predicted = make_target(target, patches.shape[2], patches.shape[2])
+    if predicted.needs_fit:
+        predicted.fit([patches.flatten(0, 1)])
+    values = predicted(patches)
     masked = torch.tensor([[0, 2, 3], [5, 1, 7]])
-    pred = target.gather(1, masked[:, :, None].expand(-1, -1, target.shape[2])).to(torch.float64)
+    pred = values.gather(1, masked[:, :, None].expand(-1, -1, values.shape[2])).to(torch.float64)
     sheet = reconstruction_sheet(
         originals,
         pred,
@@ -28,7 +31,7 @@ def drawn(
         patch_size=8,
         mean=mean,
         std=std,
-        normalize_pixels=normalize_pixels,
+        target=predicted,
         scale=scale,
     )
     return sheet, pixels
@@ -47,10 +50,10 @@ def tiles(sheet: Image.Image, size: tuple[int, int], scale: int) -> np.ndarray:
     return large[:, :, ::scale, ::scale]
 
 
-@pytest.mark.parametrize("normalize_pixels", [False, True])
+@pytest.mark.parametrize("target", ["raw", "normalized", "pca"])
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
-def test_a_perfect_prediction_is_the_original(channels: int, normalize_pixels: bool) -> None:
-    sheet, pixels = drawn(channels, normalize_pixels=normalize_pixels)
+def test_a_perfect_prediction_is_the_original(channels: int, target: str) -> None:
+    sheet, pixels = drawn(channels, target=target)
     shown = np.broadcast_to(pixels[..., : 3 if channels >= 3 else 1], (2, 32, 32, 3))
     cut = tiles(sheet, (32, 32), 4)
     np.testing.assert_array_equal(cut[:, 2], shown)
@@ -75,7 +78,7 @@ def test_a_wrong_prediction_shows_where_it_was_made() -> None:
         patch_size=8,
         mean=MEAN[:3],
         std=STD[:3],
-        normalize_pixels=False,
+        target=make_target("raw", 192, 1),
         scale=5,
     )
     original, changed = (tiles(sheet, (16, 24), 5)[:, column].astype(int) for column in (2, 1))
@@ -90,17 +93,17 @@ def test_a_wrong_prediction_shows_where_it_was_made() -> None:
 def test_the_sheet_says_what_is_borrowed_and_what_is_left_out() -> None:
     # More is written above the tiles, and none of it runs off the page.
     heights = {}
-    for channels, normalize_pixels in ((3, False), (3, True), (5, False), (5, True)):
-        page = np.asarray(drawn(channels, normalize_pixels=normalize_pixels)[0])
-        heights[channels, normalize_pixels] = page.shape[0]
+    for channels, target in ((3, "raw"), (3, "normalized"), (5, "raw"), (5, "normalized")):
+        page = np.asarray(drawn(channels, target=target)[0])
+        heights[channels, target] = page.shape[0]
         assert (page[:, -8:] == 255).all()
         assert (page[:, :8] == 255).all()
         assert (page[:4] == 255).all()
-    assert heights[3, False] < heights[3, True] == heights[5, False] < heights[5, True]
+    assert heights[3, "raw"] < heights[3, "normalized"] == heights[5, "raw"] < heights[5, "normalized"]
 
 
 def test_tiles_are_large_enough_to_see() -> None:
-    assert drawn(3, normalize_pixels=False, size=(8, 64), scale=1)[0].width < 500
+    assert drawn(3, target="raw", size=(8, 64), scale=1)[0].width < 500
     for size in ((32, 32), (224, 224), (64, 24)):
-        sheet, _ = drawn(3, normalize_pixels=False, size=size)
+        sheet, _ = drawn(3, target="raw", size=size)
         assert 300 <= sheet.width <= 750

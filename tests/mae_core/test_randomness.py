@@ -151,6 +151,7 @@ def test_hashes_never_change_silently() -> None:
         7: 0x2114759C52034E79,
         8: 0xA7E622FF35B51ED3,
         9: 0x9F3AD35993EAA3E8,
+        10: 0x815087C2256BFE19,
     }
     assert uniform(Purpose.SPLIT, 7, 11).item() == 0.5990121745633169
 

@@ -17,7 +17,7 @@ from mae_core.weights import encoder_state, load_official, official_state, save
 def tiny_model(**changes) -> MaskedAutoencoder:
     sizes = {
         "image_size": 16, "patch_size": 4, "channels": 5, "width": 192, "depth": 2, "mlp_ratio": 500 / 192,
-        "decoder_width": 32, "decoder_depth": 3, "decoder_heads": 4, "normalize_pixels": True, "seed": 7,
+        "decoder_width": 32, "decoder_depth": 3, "decoder_heads": 4, "target": "normalized", "seed": 7,
     }  # fmt: skip
     return MaskedAutoencoder("vit_tiny_patch16_224", **{**sizes, **changes})
 
@@ -32,7 +32,7 @@ def loss_of(model: MaskedAutoencoder) -> torch.Tensor:
 def test_official_file_makes_the_same_model(tmp_path, extra):
     model = tiny_model()
     torch.save({"model": official_state(model), **extra}, tmp_path / "checkpoint.pth")
-    loaded = load_official(tmp_path / "checkpoint.pth", decoder_num_heads=4, normalize_pixels=True)
+    loaded = load_official(tmp_path / "checkpoint.pth", decoder_num_heads=4, target="normalized")
     assert torch.equal(loss_of(loaded), loss_of(model))
     assert (loaded.num_heads, loaded.image_size) == (3, (16, 16))
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
@@ -59,7 +59,7 @@ def test_saved_file_remembers_what_shapes_do_not_tell(tmp_path):
     save(model, path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     assert load_file(path).keys() == official_state(model).keys()
-    loaded = load_official(path, decoder_num_heads=4, normalize_pixels=True)
+    loaded = load_official(path, decoder_num_heads=4, target="normalized")
     assert (loaded.num_heads, loaded.image_size) == (6, (8, 24))
     assert torch.equal(loss_of(loaded), loss_of(model))
     with pytest.raises(ValueError, match="decoder_num_heads=4"):

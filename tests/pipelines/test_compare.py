@@ -168,6 +168,8 @@ def test_two_runs_side_by_side(tmp_path, capsys):
     [
         ({"model": {"mask_ratio": 0.5}}, "model.mask_ratio 0.5"),
         ({"model": {"target": "raw"}}, "model.target raw"),
+        ({"model": {"loss_on": "all"}}, "model.loss_on all"),
+        ({"data": {"augment": "none"}}, "data.augment none"),
         ({"model": {"arch": "vit_base_patch32_224"}}, "model.patch_size 32"),
         ({"digest": "d2"}, "data.digest d2"),
     ],

@@ -1,0 +1,76 @@
+"""The encoder's architecture: which of timm's Vision Transformers are plain ones, and their fixed positions."""
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+_EXAMPLES = ", ".join(f"vit_{size}" for size in ("tiny_patch16_224", "small_patch16_224", "base_patch16_224"))
+
+
+def sincos_table(grid_size: tuple[int, int], width: int, class_tokens: int = 1) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions: the first half of the width is the column's, the second the row's.
+
+    Each half is ``width / 4`` sines, then as many cosines, of the coordinate at wavelengths from 2 pi to
+    20,000 pi (Vaswani et al., 2017, in two dimensions). The class tokens, in front, have position 0.
+
+    Args:
+        grid_size: Patches down and across.
+        width: Width of a token, divisible by 4.
+        class_tokens: S.
+
+    Returns:
+        float32 [1, S + N, width], computed in float64.
+    """
+    frequency = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+    row, column = torch.meshgrid(
+        *(torch.arange(n, dtype=torch.float64, device="cpu") for n in grid_size), indexing="ij"
+    )
+    angles = [coordinate.reshape(-1, 1) * frequency for coordinate in (column, row)]
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return nn.functional.pad(table, (0, 0, class_tokens, 0))[None].float()
+
+
+def _is_plain(vit: nn.Module) -> bool:
+    if type(vit) is not VisionTransformer or vit.cls_token is None or vit.num_prefix_tokens != 1:
+        return False
+    block: Any = vit.blocks[0]
+    return (
+        vit.pos_embed is not None
+        and not vit.no_embed_class
+        and isinstance(vit.norm_pre, nn.Identity)
+        and isinstance(vit.norm, nn.LayerNorm)
+        and vit.norm.eps == 1e-6
+        and type(block) is Block
+        and isinstance(block.ls1, nn.Identity)
+        and type(block.attn) is Attention
+        and isinstance(block.attn.q_norm, nn.Identity)
+        and block.attn.qkv.bias is not None
+        and type(block.mlp) is Mlp
+    )
+
+
+def plain_vit(arch: str) -> Any:
+    """The architecture with timm's own sizes, without memory.
+
+    Raises:
+        ValueError: timm does not know it, or it is no plain ViT.
+    """
+    names = timm.list_models(module="vision_transformer")
+    if arch not in names:
+        near = difflib.get_close_matches(arch.split(".")[0], names, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"use for example {_EXAMPLES}"
+        raise ValueError(f"arch '{arch}' is no Vision Transformer of timm: {hint}")
+    with torch.device("meta"):
+        vit = timm.create_model(arch, pretrained=False, num_classes=0)
+    if not _is_plain(vit):
+        raise ValueError(
+            f"arch '{arch}' is no plain ViT (class token, no registers, pre-norm, layer scale or average "
+            f"pooling): use for example {_EXAMPLES}, and set width, depth and heads"
+        )
+    return vit
