@@ -83,7 +83,7 @@ class Segmenter(Classifier):
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Classifies every pixel of images, given as to ``encode``; returns ``logits_BCHW`` of C classes."""
-        return self.head(self.encode(images_BCHW)[:, 1:], self.image_size)
+        return self.head(self.encode(images_BCHW)[:, self.class_tokens :], self.image_size)
 
 
 def segmentation_flops(segmenter: Segmenter) -> int:

@@ -6,6 +6,7 @@ from pipelines.cli import flag_names, load_toml, to_toml
 from pipelines.config import Config, flat, identity, identity_hash, total_steps
 from pipelines.errors import UserError
 from pipelines.pretrain import read_config, resolve
+from pipelines.transfer_config import Transfer
 
 
 def write(path, text):
@@ -32,10 +33,14 @@ def test_the_resolved_configuration_can_be_fed_back(tmp_path):
 def test_every_recipe_is_valid():
     from pathlib import Path
 
-    recipes = sorted((Path(__file__).parents[2] / "pipelines" / "recipes").glob("*.toml"))
+    folder = Path(__file__).parents[2] / "pipelines" / "recipes"
+    recipes, transfers = sorted(folder.glob("*.toml")), sorted(folder.glob("transfer/*.toml"))
     assert recipes
+    assert transfers
     for recipe in recipes:
         assert load_toml(Config, str(recipe)).run.name
+    for recipe in transfers:
+        assert load_toml(Transfer, str(recipe)).run
 
 
 def test_one_dotted_name_for_each_key():
