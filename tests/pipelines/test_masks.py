@@ -89,11 +89,16 @@ def test_without_masks_nothing_of_a_shard_has_changed(scenes, tmp_path):
     assert with_masks.digest != pack(scenes, tmp_path / "without", masks=False)[0].digest
 
 
-def test_masks_shrink_with_their_images(scenes, tmp_path):
-    _, manifest = pack(scenes, tmp_path, resize=20)
+def test_masks_shrink_with_their_images(tmp_path):
+    write_scenes(tmp_path, 12)
+    for path in (tmp_path / "masks").rglob("*.png"):
+        path.write_bytes(png(np.array(Image.open(path)) * 100))
+    _, manifest = pack(tmp_path, tmp_path / "out", resize=20)
     batch = read_images(stream_of(manifest, View((20, 25), 3, crop_share=1.0, masks=True), rows=12), 0)
     assert (batch.weight_B == 1).all()
-    check_alignment(batch, within=0.06)
+    assert batch.mask_BHW is not None
+    assert set(np.unique(batch.mask_BHW)) == {0, 100, 200}, "nothing between the classes"
+    check_alignment(replace(batch, mask_BHW=batch.mask_BHW // 100), within=0.06)
     index = load_index(manifest, 0)
     with Path(manifest.location, manifest.shard_names[0]).open("rb") as file:
         file.seek(index.mask_offset_S[0])
