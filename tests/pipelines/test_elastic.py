@@ -206,10 +206,12 @@ def test_a_run_goes_on_without_a_lost_node_and_takes_in_a_new_one(nodes, shards,
         wait_for(lambda: world_sizes(folder) == [1, 2], process, log)
         together = step(folder)
         wait_for(lambda: step(folder) >= together + 20, process, log)
-    done = step(folder)
+    # Once: the workers of a driver that was killed may write for a moment longer.
+    found = sorted(points(folder))
+    done = found[-1]
     assert done < steps
     check_samples(folder, range(done - 1))
-    assert sorted(points(folder)) == list(range(1, done + 1))
+    assert found == list(range(1, done + 1))
     assert log.read_text().count(CONTINUED) == 2
 
 
