@@ -57,6 +57,7 @@ def local_ray(cores: Sequence[int], object_store: int = 0) -> Iterator[Path]:
         try:
             yield Path(folder)
         finally:
+            crew.cache_clear()  # its actor goes with this Ray
             ray.shutdown()
 
 

@@ -25,6 +25,7 @@ from pipelines.storage import Store
 GRAINS_AHEAD = 2  # being read while another is decoded
 LOCAL_THREADS = 2
 _LONGEST_GAP = 8  # samples that are read for nothing between two that are wanted
+_SPARE: list[np.ndarray] = []  # pixels' memory that an earlier task of this process has left
 REMOTE_THREADS = 8  # a grain's ranges at once: a store's answers take their time
 
 
@@ -371,7 +372,8 @@ def read_blocks(stream: Stream, blocks: list[list[list[int]]]) -> Iterator[pa.Ta
 
     Some grains' worth of encoded samples is held at a time, read while others are decoded. All blocks have their
     pixels in the same memory, so each must be done with before the next is asked for, as Ray does, which copies it
-    into its object store. New memory for each would cost some 5 % of the time: the kernel clears it first.
+    into its object store. New memory for each would cost some 5 % of the time: the kernel clears it first. A task that
+    has been read to its end leaves it to the next one in the same process.
 
     Args:
         stream: What to read.
@@ -385,9 +387,14 @@ def read_blocks(stream: Stream, blocks: list[list[list[int]]]) -> Iterator[pa.Ta
         members = map(grains.members, range(len(positions)))
         height, width = stream.view.image_size
         most = max(sum(map(len, views)) for views in blocks)
-        room = np.empty(most * stream.cut.rows * height * width * stream.view.channels, np.uint8)
+        size = most * stream.cut.rows * height * width * stream.view.channels
+        room = _SPARE.pop() if _SPARE else np.empty(0, np.uint8)
+        if len(room) < size:
+            room = np.empty(size, np.uint8)
         for views in blocks:
             yield _block(stream, views, itertools.islice(members, len(views)), room)
+        # Only now: who has asked for no more may still look at what was given last.
+        _SPARE[:] = [room]
     finally:
         # What else is being read from a store that is gone would wait for its own deadline, one piece after the other.
         pool.shutdown(wait=False, cancel_futures=True)
