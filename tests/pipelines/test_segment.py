@@ -67,13 +67,15 @@ def test_a_head_learns_what_the_masks_show(manifest):
         confusion_CC = task.confusion(model.eval(), batch)
     assert confusion_CC.sum() == 12 * 32 * 32
     assert task.score(confusion_CC) > 70
-    wrong = replace(batch, mask_BHW=np.roll(batch.mask_BHW, 1, axis=0))  # type: ignore[arg-type]
+    assert batch.mask_BHW is not None
+    wrong = replace(batch, mask_BHW=np.roll(batch.mask_BHW, 1, axis=0))
     assert task.score(task.confusion(model, wrong)) < 55
 
 
 def test_what_does_not_count_costs_nothing(manifest):
     task, batch = task_of(), read(manifest)
     model = task.model(0).eval()
+    assert batch.mask_BHW is not None
     nothing = replace(batch, mask_BHW=np.full_like(batch.mask_BHW, IGNORE))
     assert task.loss(model, nothing).item() == 0
     assert task.confusion(model, nothing).sum() == 0
