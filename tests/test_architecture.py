@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "pipelines": {"mae_core", "pipelines"},
     "tune": {"mae_core", "pipelines", "tune"},
 }
-JOBS = ("make_shards", "check_shards", "pretrain", "transfer", "reconstruct", "compare", "sync")
+JOBS = ("make_shards", "check_shards", "pretrain", "transfer", "reconstruct", "compare", "estimate", "sync")
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -1,18 +1,24 @@
-"""From a configuration to a model."""
+"""From a configuration to a model, its data and its step."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mae_core import weights
 from mae_core.images import normalize
+from mae_core.masking import Masking
 from mae_core.model import MaskedAutoencoder
 from pipelines.config import Config
-from pipelines.data.plan import GRAIN, Cut
-from pipelines.data.readers import Stream, parse_block, read_blocks
+from pipelines.data.plan import GRAIN, Cut, Plan
+from pipelines.data.readers import Stream, View, parse_block, read_blocks
+from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
+from pipelines.reading import ReadPolicy
+from pipelines.training.step import Trainer, autocast
 
 FIT_IMAGES = GRAIN
 _FIT_ROWS = 64
@@ -40,6 +46,52 @@ def build_model(config: Config) -> MaskedAutoencoder:
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
+
+
+def make_stream(config: Config, manifest: Manifest, world_size: int, groups: int = 1) -> Stream:
+    """The training images of a run, from its first step to its last.
+
+    Args:
+        config: The run's configuration.
+        manifest: Of its training images.
+        world_size: Workers.
+        groups: Groups of workers that are fed apart.
+    """
+    data = config.data
+    end = None if config.train.steps else int(config.train.epochs * manifest.num_samples)
+    return Stream(
+        manifest,
+        Plan(manifest.num_samples, config.run.seed, end=end),
+        Cut(config.batch.global_size, config.batch.micro_size, world_size, data.repeats, groups),
+        View(data.image_size, data.channels, config.run.seed, data.crop_scale, data.flip, augment=data.augment),
+        ReadPolicy(deadline_s=data.deadline_s),
+    )
+
+
+def make_trainer(
+    config: Config, model: nn.Module, masking: Masking, optimizer: torch.optim.Optimizer, cut: Cut, device: torch.device
+) -> Trainer:
+    """What a training step of a run needs.
+
+    Args:
+        config: The run's configuration.
+        model: The model, compiled or wrapped as it may be.
+        masking: The model's own.
+        optimizer: Over its parameters.
+        cut: How batches are cut.
+        device: Where the step computes.
+    """
+    return Trainer(
+        model,
+        optimizer,
+        cut,
+        masking,
+        config.run.seed,
+        torch.tensor(config.data.mean, device=device),
+        torch.tensor(config.data.std, device=device),
+        device,
+        functools.partial(autocast, config.train.precision, device),
+    )
 
 
 def fit_target(model: MaskedAutoencoder, stream: Stream, config: Config) -> None:

@@ -78,6 +78,13 @@ def snapshot(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer) -> dict
     return {"model.safetensors": model_state, "optimizer.safetensors": optimizer_state(model, optimizer)}
 
 
+def num_bytes(model: MaskedAutoencoder) -> int:
+    """Bytes of the tensors in a checkpoint of a model, also of one on ``meta``; a file's header comes on top."""
+    state = sum(tensor.nbytes for tensor in weights.official_state(model).values())
+    # AdamW's two moments, and its float32 count of steps.
+    return state + sum(2 * parameter.nbytes + 4 for parameter in model.parameters() if parameter.requires_grad)
+
+
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Copies an optimiser's state to the CPU, under ``<kind>/<parameter's name>``."""
     names = _names(model)

@@ -18,6 +18,12 @@ from pipelines.data.plan import Cut
 from pipelines.data.readers import MicroBatch
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context of a forward pass in a configuration's ``train.precision``."""
+    bfloat16 = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
 @dataclass
 class Trainer:
     """What a training step needs and changes.

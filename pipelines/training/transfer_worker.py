@@ -26,6 +26,7 @@ from pipelines.storage import Store
 from pipelines.tracking import start_follower
 from pipelines.training.build import build_model
 from pipelines.training.runfolder import RunFolder
+from pipelines.training.step import autocast
 from pipelines.transfer_config import Transfer
 
 SPLIT_SEED = 0  # the validation split is the same for all seeds and protocols
@@ -99,9 +100,7 @@ class Worker:
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
-        asked = self.transfer.train.precision
-        bfloat16 = asked == "bfloat16" or (asked == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+        return autocast(self.transfer.train.precision, self.device)
 
     def encoder(self, seed: int) -> MaskedAutoencoder:
         """The pretrained model; from scratch a new one."""

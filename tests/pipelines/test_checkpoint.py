@@ -12,7 +12,7 @@ from pipelines.storage import Store
 from pipelines.training import checkpoint
 
 
-def small_model(seed):
+def small_model(seed, **options):
     return MaskedAutoencoder(
         "vit_tiny_patch16_224",
         image_size=16,
@@ -24,6 +24,7 @@ def small_model(seed):
         decoder_depth=1,
         decoder_heads=2,
         seed=seed,
+        **options,
     )
 
 
@@ -138,3 +139,17 @@ def test_the_writer_tells_of_a_failure(tmp_path):
     writer.save(1, *trained(1), {"step": 1})
     with pytest.raises(OSError, match="file"):
         writer.wait()
+
+
+@pytest.mark.parametrize("options", [{}, {"target": "pca", "target_components": 5, "encoder_mask_tokens": True}])
+def test_the_size_is_known_before_anything_is_written(checkpoints, options):
+    model = small_model(0, **options)
+    for buffer in model.target.buffers():
+        buffer.zero_()
+    save(checkpoints, 1, *trained(1, model))
+    written = 0
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        data = checkpoints.child("step-00000001").read(name)
+        written += len(data) - 8 - int.from_bytes(data[:8], "little")  # without the header and its length
+    with torch.device("meta"):
+        assert checkpoint.num_bytes(small_model(0, **options)) == written
