@@ -94,10 +94,9 @@ class Desk:
 
     @staticmethod
     async def _end(segment: _Segment) -> None:
+        # Without these references Ray ends it, which takes 700 MB along.
         coordinator, segment.coordinator, segment.shares = segment.coordinator, None, []
         if coordinator is not None:
             with contextlib.suppress(Exception):
-                # Killed before it has given back what it had reserved, it would narrow those that come after it.
+                # Ended before it has given back what it had reserved, it would narrow those that come after it.
                 await coordinator.shutdown_executor.remote()
-            # Ray keeps it, some 700 MB resident, for as long as the job lives.
-            ray.kill(coordinator)

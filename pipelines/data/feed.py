@@ -42,6 +42,7 @@ class Crew:
         num_cpus: CPUs that one reading task claims.
         nodes: Node id of each group's workers, where groups are fed apart; else empty.
         segment_tasks: Reading tasks in one execution, about, where a feed is not told otherwise.
+        limit: CPUs that the tasks of one execution may claim together; 0: those that are free.
     """
 
     rank: int
@@ -50,6 +51,7 @@ class Crew:
     num_cpus: float
     nodes: tuple[str, ...] = ()
     segment_tasks: int = _TASKS_PER_CPU
+    limit: float = 0.0
     feeds: int = field(default=0, init=False)
     """Feeds made so far: the same on all workers, since all make the same ones in the same order."""
 
@@ -64,6 +66,7 @@ def join_crew(
     world_size: int,
     *,
     num_cpus: float,
+    limit: float = 0.0,
     broadcast: Callable[[Any], Any] = lambda value: value,
     per_node: bool = False,
 ) -> Crew:
@@ -73,6 +76,7 @@ def join_crew(
         rank: This worker's rank; ranks of one node are neighbours.
         world_size: Workers.
         num_cpus: CPUs that one reading task claims.
+        limit: CPUs that all reading tasks may claim together; 0: those that are free.
         broadcast: Gives rank 0's value to all workers.
         per_node: Feed the workers of each node by an execution of its own, where all nodes have equally many.
     """
@@ -93,7 +97,7 @@ def join_crew(
         if len(distinct) > 1 and by_rank == [node for node in distinct for _ in range(size)]:
             nodes = distinct
     tasks = min(_TASKS_PER_CPU * max(cpus // max(len(nodes), 1), 1), _MOST_TASKS)
-    return Crew(rank, world_size, desk, num_cpus, nodes, tasks)
+    return Crew(rank, world_size, desk, num_cpus, nodes, tasks, limit / max(len(nodes), 1))
 
 
 class Feed:
@@ -244,10 +248,11 @@ class Feed:
                     steps,
                     group=self.group,
                     num_cpus=crew.num_cpus,
+                    limit=crew.limit,
                     node=crew.nodes[self.group] if crew.nodes else "",
                     started=_Started(desk, key),
                 )
-                coordinator = shares[0]._coord_actor  # type: ignore[attr-defined]
+                coordinator = shares[0]._coord_actor if len(shares) > 1 else None  # type: ignore[attr-defined]
                 ray.get(desk.post.remote(key, [ray.put(shares)], coordinator, len(shares)))
         except BaseException as error:  # handed to those who wait
             with contextlib.suppress(ray.exceptions.RayActorError):  # unless the crew has gone

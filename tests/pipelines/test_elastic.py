@@ -187,6 +187,7 @@ def test_each_node_is_fed_by_an_execution_of_its_own(shards, tmp_path):
 
 
 # Before the next one: Ray keeps places for the workers of a driver that was killed, for three minutes.
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_run_goes_on_without_a_lost_node_and_takes_in_a_new_one(nodes, shards, tmp_path):
     steps, folder, log = 6000, tmp_path / "run", tmp_path / "log.txt"

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -295,24 +296,54 @@ def test_a_task_ends_with_its_first_deadline(served):
     assert time.monotonic() - began < 3.5
 
 
-def test_a_feed_that_is_given_up_leaves_nothing(stream):
-    before = coordinators()
-    feed = Feed(stream, (0, STEPS), crew=join_crew(0, 1, num_cpus=0.5), num_tasks=1)
-    next(feed)
-    feed.close()
-    wait_until(lambda: coordinators() <= before, 30)
+def joined(world_size):
+    """Workers of one crew, all in this process."""
+    exchange = Exchange(world_size)
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(lambda rank: join_crew(rank, world_size, num_cpus=0.5, broadcast=exchange),
+                             range(world_size)))  # fmt: skip
 
 
-def test_what_has_been_read_leaves_neither_processes_nor_memory(stream):
+def nothing_left(before):
+    """Waits until no coordinator, no memory and no task of what was read is there, while the crew is."""
+    wait_until(
+        lambda: (
+            coordinators() <= before[0]
+            and stored_bytes() < before[1] + (4 << 20)
+            and ray.available_resources().get("CPU") == 2
+        ),
+        30,
+    )
+
+
+# A single worker runs its executions itself; several have a coordinator for each.
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_feed_that_is_given_up_leaves_nothing(stream, world_size):
+    before = coordinators(), stored_bytes()
+    stream = replace(stream, cut=replace(stream.cut, world_size=world_size))
+    crews = joined(world_size)
+    feeds = [Feed(stream, (0, STEPS), crew=crew, num_tasks=1) for crew in crews]
+    with ThreadPoolExecutor(world_size) as pool:
+        list(pool.map(next, feeds))
+    assert coordinators() > before[0] or world_size == 1
+    for feed in feeds:
+        feed.close()
+    nothing_left(before)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_has_been_read_leaves_neither_processes_nor_memory(stream, world_size):
     before = coordinators(), stored_bytes()
     # 3.7 MB a step
-    stream = replace(
-        stream, plan=Plan(300, seed=0), cut=Cut(300, 300, 1), view=replace(stream.view, image_size=(64, 64))
-    )
-    feed = Feed(stream, (0, 46), crew=join_crew(0, 1, num_cpus=0.5), num_tasks=1)
-    assert len(feed.segments) == 3
-    assert [batch.index for batch in feed] == list(range(46))
-    wait_until(lambda: coordinators() <= before[0] and stored_bytes() < before[1] + (4 << 20), 30)
+    cut, view = Cut(300, 150, world_size), replace(stream.view, image_size=(64, 64))
+    stream = replace(stream, plan=Plan(300, seed=0), cut=cut, view=view)
+    feeds = [Feed(stream, (0, 46), crew=crew, num_tasks=1) for crew in joined(world_size)]
+    assert len(feeds[0].segments) == 3
+    with ThreadPoolExecutor(world_size) as pool:
+        read = list(pool.map(list, feeds))
+    assert sorted(batch.index for part in read for batch in part) == list(range(92))
+    del read
+    nothing_left(before)
 
 
 def stored_bytes():

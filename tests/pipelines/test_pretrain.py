@@ -111,6 +111,9 @@ def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
         shards["test"],
         "--probe.every-epochs",
         "2",
+        # So that the data of a stretch ends at each probe.
+        "--probe.hold-mib",
+        "0",
         "--log.every",
         "1",
     ]
@@ -297,12 +300,9 @@ def cluster(ray_local) -> Iterator[dict[str, str]]:
             wait_until(lambda: "Ray runtime started" in log.read_text(), 60, log.read_text)
             yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
         finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            # Asked to end, it takes longer than the 20 s that one would give it.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             wait_until(lambda: not left_behind(folder), 60, lambda: f"still there: {left_behind(folder)}")
 
 
