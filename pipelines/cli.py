@@ -38,7 +38,8 @@ def _one_line(text: str) -> str:
     return (told[0] if told else text.strip()).rstrip(".")
 
 
-def _reason(error: pydantic.ValidationError) -> str:
+def reason(error: pydantic.ValidationError) -> str:
+    """The first thing that a schema refuses: its key where it is one's, why, and what was found."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     found = f", found {first['input']!r}" if not isinstance(first.get("input"), dict) else ""
@@ -74,7 +75,7 @@ def parse(schema: type[T], *, prog: str, argv: Sequence[str] | None = None, defa
                 return tyro.cli(schema, prog=prog, args=arguments)
             return tyro.cli(schema, prog=prog, args=arguments, default=default)
     except pydantic.ValidationError as error:
-        raise UserError(f"{_reason(error)} (see {prog} --help)") from None
+        raise UserError(f"{reason(error)} (see {prog} --help)") from None
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -138,7 +139,7 @@ def load_toml(schema: type[T], path: str, default: T | None = None) -> T:
     try:
         return schema.model_validate(values)
     except pydantic.ValidationError as error:
-        raise UserError(f"{path}: {_reason(error)}") from None
+        raise UserError(f"{path}: {reason(error)}") from None
 
 
 def parse_with_file(schema: type[T], *, prog: str, argv: Sequence[str] | None = None, default: T) -> T:

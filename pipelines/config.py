@@ -150,8 +150,14 @@ class Scale(Section):
     """Fewest workers to go on with while nodes are missing, up to scale.workers; 0: always all of them."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs that a worker claims from Ray; leave some for reading and decoding."""
+    threads: int = Field(default=0, ge=0)
+    """PyTorch threads of a worker on CPUs; 0: the cores of its node, shared among the run's workers there."""
+    reading_cpus: float = Field(default=0.0, ge=0)
+    """CPUs that reading and decoding may take, over all workers; 0: all that are free."""
     gpu: bool = False
     """One GPU for each worker."""
+    gpu_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of a GPU that a run of one worker claims, so that several runs share one."""
     max_failures: int = Field(default=8, ge=-1)
     """Restarts of the worker group after a failure; -1: without limit."""
     address: str = ""
@@ -161,6 +167,20 @@ class Scale(Section):
     worth, by the CPUs of the cluster."""
     executions: Literal["auto", "one", "node"] = "auto"
     """Who is fed by one Ray Data execution: all workers, or those of a node; auto: a node's from 17 workers on."""
+
+    @property
+    def gpus_per_worker(self) -> float:
+        """GPUs that a worker claims."""
+        return self.gpu_share if self.gpu else 0.0
+
+    @pydantic.model_validator(mode="after")
+    def _one_gpu_a_rank(self) -> "Scale":
+        if self.gpu_share < 1 and self.workers > 1:
+            raise ValueError(
+                f"scale.gpu_share {self.gpu_share:g} needs scale.workers 1, found {self.workers}: the workers of a run "
+                "cannot share a GPU"
+            )
+        return self
 
 
 class Checkpoint(Section):
@@ -183,6 +203,8 @@ class Probe(Section):
     """Labelled shards that are read once, at the end; empty: none."""
     every_epochs: float = Field(default=0.0, ge=0)
     """Epochs between probes on a validation split of probe.train; 0: at the start and the end only."""
+    at_start: bool = True
+    """Also score the encoder before its first step."""
     knn_k: int = Field(default=20, gt=0)
     """Neighbours that vote."""
     pool: Literal["mean", "cls"] = "mean"
@@ -192,7 +214,10 @@ class Probe(Section):
     crop_share: float = Field(default=0.875, gt=0, le=1)
     """Side of the central crop over the image's shorter side."""
     samples: int = Field(default=0, ge=0)
-    """Images of probe.train that the probes on the way use; 0: all. The last ones always use all."""
+    """Images of probe.train that the probes on the way use; 0: all. Those on the test data always use all."""
+    hold_mib: int = Field(default=256, ge=0)
+    """MiB of pixels that a worker keeps from probe to probe, if its share of the images is no more; else they are read
+    each time."""
     random_baseline: bool = True
     """Also score a randomly initialised encoder of the same shape at the end."""
 
@@ -244,6 +269,11 @@ class Config(Section):
             raise ValueError(
                 f"scale.min_workers must be at most scale.workers, {self.scale.workers}, found {self.scale.min_workers}"
             )
+        if 0 < self.scale.reading_cpus < self.data.cpus_per_task:
+            raise ValueError(
+                f"scale.reading_cpus {self.scale.reading_cpus:g} is not enough for one task of data.cpus_per_task "
+                f"{self.data.cpus_per_task:g}"
+            )
         if self.probe.test and not self.probe.train:
             raise ValueError("probe.test is given without probe.train: the probes need labels to learn from")
         return self
@@ -281,8 +311,13 @@ def younger_defaults() -> dict[str, Any]:
     return {key: value for key, value in _result(Config()).items() if key not in _FIRST}
 
 
+def defines_result(key: str) -> bool:
+    """Whether a key of the configuration changes the numbers that a run produces."""
+    return key.startswith(_RESULT) and key not in _NOT_RESULT
+
+
 def _result(config: Config) -> dict[str, Any]:
-    values = {key: value for key, value in flat(config).items() if key.startswith(_RESULT) and key not in _NOT_RESULT}
+    values = {key: value for key, value in flat(config).items() if defines_result(key)}
     return json.loads(json.dumps(values))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 @ray.remote(num_cpus=0)
@@ -14,6 +15,8 @@ class Console:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._failure: tuple[str, bool] | None = None
+        self._scored: list[tuple[int, dict[str, float]]] = []
+        self._goes_on_until = 0
 
     def say(self, line: str) -> None:
         """Adds a line."""
@@ -36,6 +39,36 @@ class Console:
     def failure(self) -> tuple[str, bool] | None:
         """What was noted."""
         return self._failure
+
+    def score(self, step: int, scores: dict[str, float]) -> None:
+        """Shows a probe's scores to whoever judges the run.
+
+        Args:
+            step: Optimiser steps done.
+            scores: By their names in the record.
+        """
+        self._scored.append((step, scores))
+
+    def scored(self) -> list[tuple[int, dict[str, float]]]:
+        """The scores since the last call."""
+        scored, self._scored = self._scored, []
+        return scored
+
+    def judge(self, step: int) -> None:
+        """Lets the run go on beyond its probe at a step; a negative one ends it there."""
+        self._goes_on_until = step
+
+    def verdict(self, step: int) -> bool | None:
+        """Whether the run goes on beyond its probe at a step; None: nobody has said."""
+        if self._goes_on_until < 0:
+            return False
+        return True if self._goes_on_until >= step else None
+
+
+def make_console() -> Any:
+    """A console beside this process: anywhere else it would be one more node whose loss ends the run."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Console.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 class Printer:

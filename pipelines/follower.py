@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipelines.sender import Sender
 from pipelines.spool import SPOOL_FILE, Spool, read_spool, redact, writer_name
-from pipelines.tracking import RunRecord, client_tracking_uri
+from pipelines.tracking import RunRecord, Sent, adopt, client_tracking_uri, recorded
 
 POLL_S = 2.0
 RETRY_LIMIT_S = 60.0
@@ -76,11 +76,51 @@ class Parent:
         return self.is_gone
 
 
+class Followed:
+    """A run's folder, and those of its trials as they come, on their way to one MLflow."""
+
+    def __init__(self, folder: Path, uri: str):
+        self._folder, self._uri = folder, uri
+        self._senders: dict[Path, Sender] = {}
+
+    def folders(self) -> list[Path]:
+        """Those that have a record now, the run's own first."""
+        found = recorded(self._folder)
+        return [folder for folder in found if folder == self._folder or folder.parent.name == "trials"]
+
+    def send(self) -> Sent:
+        """Sends what there is; the first problem stands for all."""
+        whole = Sent()
+        for folder in self.folders():
+            if folder not in self._senders:
+                if folder != self._folder:
+                    adopt(folder, self._folder)
+                self._senders[folder] = Sender(folder, self._uri, may_create=False)
+            sent = self._senders[folder].send()
+            whole = Sent(left=whole.left + sent.left, problem=whole.problem or sent.problem)
+            if sent.problem and folder == self._folder:
+                # The trials would wait for the same server, and they need their parent's run.
+                break
+        return whole
+
+
+def is_dead(writer: str, parent: str) -> bool:
+    """Whether who wrote a status is known to have ended: the parent, or a process of this machine.
+
+    Args:
+        writer: As ``writer_name`` names it.
+        parent: The parent, which has ended.
+    """
+    host, _, pid = writer.rpartition(":")
+    here = parent.rpartition(":")[0]
+    return writer == parent or (host == here and not Path(f"/proc/{pid}").exists())
+
+
 def follow(folder: Path, uri: str, trainer_pid: int) -> int:
     """Sends the spool until the trainer ends or asks for the end; then tries once more.
 
     Args:
-        folder: The run's local folder.
+        folder: The run's local folder; the trials in it, if any, are followed too.
         uri: Where to send.
         trainer_pid: The parent, which may be dead before this process has imported all that it needs.
 
@@ -89,7 +129,7 @@ def follow(folder: Path, uri: str, trainer_pid: int) -> int:
     """
     parent = Parent(trainer_pid)
     os.nice(10)
-    sender = Sender(folder, uri, may_create=False)
+    sender = Followed(folder, uri)
     wait_s, problem = POLL_S, ""
     while not parent.wait(wait_s):
         sent = sender.send()
@@ -99,11 +139,13 @@ def follow(folder: Path, uri: str, trainer_pid: int) -> int:
         wait_s = min(2 * wait_s, RETRY_LIMIT_S) if problem else POLL_S
     words = parent.said.split()
     end_after(float(words[1]) if words else LAST_ATTEMPT_S)
-    if not words and last_status(folder) == ("RUNNING", writer_name(trainer_pid)):
+    for one in sender.folders() if not words else ():
+        status, writer = last_status(one)
         # The trainer died without a word. Unless it has begun again elsewhere, nobody else will say so.
-        spool = Spool(folder)
-        spool.status("KILLED")
-        spool.close()
+        if status == "RUNNING" and is_dead(writer, writer_name(trainer_pid)):
+            spool = Spool(one)
+            spool.status("KILLED")
+            spool.close()
     sent = sender.send()
     if sent.problem:
         log(sent.problem)

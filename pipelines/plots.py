@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by all eyes
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by all eyes
 _MARKS = ("o", "s", "^", "D")
 
 
@@ -48,7 +48,7 @@ def draw_scores(lines: Mapping[str, Sequence[Point]], x_title: str, y_title: str
     # By name: a label belongs to one place on every line.
     labels = {point.x: point.label for points in lines.values() for point in points}
     places = {x: place for place, x in enumerate(sorted(labels))}
-    for (name, points), colour, mark in zip(lines.items(), _COLOURS, _MARKS, strict=False):
+    for (name, points), colour, mark in zip(lines.items(), COLOURS, _MARKS, strict=False):
         points = sorted(points, key=lambda point: point.x)
         half = [point.half or 0.0 for point in points]
         scores = [point.score for point in points]

@@ -14,17 +14,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import provenance
 from pipelines.cli import parse_with_file, to_toml
 from pipelines.config import Config, flat, identity, identity_hash, total_steps, younger_defaults
-from pipelines.console import Console
+from pipelines.console import Printer, make_console
 from pipelines.data.shards import Manifest, load_manifest
 from pipelines.errors import UserError, run_command
 from pipelines.ray_session import connect
@@ -133,22 +132,79 @@ def open_run(config: Config, data_digest: str) -> dict[str, Any] | None:
     return None
 
 
-def describe(config: Config, data: dict[str, Manifest | None]) -> RunDescription:
+@dataclass(frozen=True)
+class Images:
+    """The data sets of a run.
+
+    Args:
+        train: The images to pretrain on.
+        labelled: Those that the probes learn from, or None.
+        test: Those that the probes read once, at the end, or None.
+    """
+
+    train: Manifest
+    labelled: Manifest | None
+    test: Manifest | None
+
+
+def describe(config: Config, images: Images, parent_run_id: str | None = None) -> RunDescription:
     """What MLflow is told about the run before it starts."""
-    train = data["train"]
-    assert train is not None
+    data = {"train": images.train, "probe_train": images.labelled, "probe_test": images.test}
     return RunDescription(
         experiment=config.run.experiment,
         name=config.run.name,
         params=flat(config),
         tags={
             **provenance.tags(),
-            "data.digest": train.digest,
-            "identity": identity_hash(identity(config, train.digest)),
+            "data.digest": images.train.digest,
+            "identity": identity_hash(identity(config, images.train.digest)),
             "storage": config.run.storage,
         },
         datasets=provenance.dataset_inputs(data),
+        parent_run_id=parent_run_id,
     )
+
+
+def pretrain(config: Config, images: Images, folder: RunFolder, console: Any, **options: bool) -> None:
+    """Runs the workers to the run's end; its MLflow run and its folder are there.
+
+    Args:
+        config: The resolved configuration.
+        images: The data sets.
+        folder: The run's small files.
+        console: Where the workers tell.
+        options: Those of ``Job``.
+
+    Raises:
+        UserError: It failed by what the user can mend.
+        PretrainingError: It failed otherwise.
+    """
+    store = Store(config.run.storage).child(config.run.name)
+    error = ""
+    try:
+        job = Job(config, images.train, images.labelled, images.test, console, **options)
+        run_workers(lambda: train_worker(job), config.scale, store)
+    except ray.train.TrainingFailedError as failed:
+        error = str(failed)
+    failure = ray.get(console.failure.remote())
+    if failure is None and not error:
+        return
+    reason, by_user = failure or (error, False)
+    with contextlib.suppress(OSError):  # the disk may be what failed
+        store.write("error.log", reason)
+    with contextlib.suppress(OSError):
+        Spool(folder.path).status("FAILED")
+        if not options.get("followed"):
+            send(folder.path, timeout_s=10.0)
+        folder.push()
+    if by_user:
+        raise UserError(reason)
+    last = [line for line in reason.splitlines() if line.strip()][-1].strip()
+    raise PretrainingError(f"{last} (all of it: {store.path('error.log')})")
+
+
+class PretrainingError(Exception):
+    """A run failed by what is no mistake of the user's; the text says why, in one line."""
 
 
 def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: float) -> str:
@@ -189,55 +245,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"run '{config.run.name}' has finished already; nothing to do")
         print(summary(config, result, tracking_uri, 0.0))
         return 0
+    images = Images(train, labelled, test)
     with connect(address=config.scale.address):
         check_resources(config.scale, config.data.cpus_per_task)
         folder = RunFolder(store)
-        description = describe(config, {"train": train, "probe_train": labelled, "probe_test": test})
-        create_run(folder.path, description, tracking_uri=tracking_uri)
+        create_run(folder.path, describe(config, images), tracking_uri=tracking_uri)
         folder.push()
         print(
             f"run '{config.run.name}': {train.num_samples:,} images, {total_steps(config, train.num_samples):,} steps "
             f"of {config.batch.global_size} on {config.scale.workers} workers",
             flush=True,
         )
-        # Beside this process: anywhere else it would be one more node whose loss ends the run.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        console: Any = Console.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        console = make_console()
+        printer = Printer(console)
         try:
-            job = Job(config, train, labelled, test, console)
-            run_workers(lambda: train_worker(job), config.scale, store, console)
-        except ray.train.TrainingFailedError as error:
-            failure = ray.get(console.failure.remote())
-            if failure is None:
-                return _failed(store, folder, str(error))
-        else:
-            failure = ray.get(console.failure.remote())
-        if failure is not None:
-            reason, by_user = failure
-            code = _failed(store, folder, reason, say=not by_user)
-            if by_user:
-                raise UserError(reason)
-            return code
+            pretrain(config, images, folder, console)
+        except PretrainingError as error:
+            print(f"error: training failed: {error}", file=sys.stderr)
+            return 1
+        finally:
+            printer.stop()
     left = send(folder.path, timeout_s=30.0) if store.is_local else None
     result = json.loads(store.read("result.json"))
     print(summary(config, result, tracking_uri, time.perf_counter() - started))
     if left is not None and left.left:
         print(f"{left.left} lines of the record are not in MLflow yet: python -m pipelines.sync {config.run.name}")
     return 0
-
-
-def _failed(store: Store, folder: RunFolder, error: str, *, say: bool = True) -> int:
-    """Keeps the whole error in a file, shows its last line, and notes the run's end."""
-    with contextlib.suppress(OSError):  # the disk may be what failed
-        store.write("error.log", error)
-    reasons = [line for line in error.splitlines() if line.strip()]
-    if say:
-        print(f"error: training failed: {reasons[-1].strip()} (all of it: {store.path('error.log')})", file=sys.stderr)
-    with contextlib.suppress(OSError):
-        Spool(folder.path).status("FAILED")
-        send(folder.path, timeout_s=10.0)
-        folder.push()
-    return 1
 
 
 if __name__ == "__main__":

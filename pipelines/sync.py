@@ -1,4 +1,4 @@
-"""Sends MLflow what it lacks of the records of a run and its transfers: after a server was down, or a trainer killed.
+"""Sends MLflow what it lacks of the records of a run, its transfers and trials: a server was down, a trainer killed.
 
 python -m pipelines.sync NAME [--storage runs] [--tracking-uri http://...]
 """
@@ -15,11 +15,11 @@ from pipelines.cli import parse
 from pipelines.errors import UserError, run_command
 from pipelines.spool import SPOOL_FILE, redact
 from pipelines.storage import Store, absolute
-from pipelines.tracking import RUN_FILE, RunRecord, absolute_tracking_uri, quiet_environment
+from pipelines.tracking import RUN_FILE, RunRecord, absolute_tracking_uri, adopt, quiet_environment, recorded
 
 
 class Args(pydantic.BaseModel):
-    """Send what MLflow does not have yet of the records of a run and of its transfers."""
+    """Send what MLflow does not have yet of the records of a run, its transfers and trials."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -32,7 +32,7 @@ class Args(pydantic.BaseModel):
 
 
 def main() -> int:
-    """Sends the records of one run and of its transfers, and says what it sent."""
+    """Sends the records of one run, its transfers and trials, and says what it sent."""
     args = parse(Args, prog="python -m pipelines.sync")
     folder = run_folder(args.name, args.storage)
     asked = absolute_tracking_uri(args.tracking_uri) if args.tracking_uri else ""
@@ -44,7 +44,7 @@ def main() -> int:
     problems: list[str] = []
     for one in recorded(folder):
         if one != folder:
-            _adopt(one, folder)
+            adopt(one, folder)
         uri = asked or tracking_uri(one)
         sent = Sender(one, uri, may_create=True).send()
         name = one.relative_to(folder.parent).as_posix()
@@ -55,20 +55,6 @@ def main() -> int:
         more = f" (and {len(problems) - 1} more like this)" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
     return 0
-
-
-def recorded(folder: Path) -> list[Path]:
-    """The folders with a record: a run's own, then those of its transfers."""
-    found = [folder / RUN_FILE, *sorted(folder.glob(f"transfer/*/{RUN_FILE}"))]
-    return [path.parent for path in found if path.is_file()]
-
-
-def _adopt(transfer: Path, folder: Path) -> None:
-    """Tells a transfer its parent in MLflow, which that may not have had before, or not in this MLflow."""
-    parent = RunRecord.read(folder).mlflow_run_id if (folder / RUN_FILE).is_file() else None
-    record = RunRecord.read(transfer)
-    if parent and record.parent_run_id != parent:
-        record.model_copy(update={"parent_run_id": parent}).write(transfer)
 
 
 def run_folder(name: str, storage: str) -> Path:

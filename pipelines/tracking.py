@@ -147,6 +147,38 @@ class RunRecord(RunDescription):
         Store(str(folder)).write(RUN_FILE, self.model_dump_json(indent=2) + "\n")
 
 
+def recorded(folder: Path) -> list[Path]:
+    """The folders with a record: a run's own, then those of its transfers and trials."""
+    children = (path for kind in ("transfer", "trials") for path in sorted(folder.glob(f"{kind}/*/{RUN_FILE}")))
+    return [path.parent for path in (folder / RUN_FILE, *children) if path.is_file()]
+
+
+def adopt(child: Path, folder: Path) -> None:
+    """Tells a child its parent in MLflow, which that may not have had before, or not in this MLflow."""
+    parent = RunRecord.read(folder).mlflow_run_id if (folder / RUN_FILE).is_file() else None
+    record = RunRecord.read(child)
+    if parent and record.parent_run_id != parent:
+        record.model_copy(update={"parent_run_id": parent}).write(child)
+
+
+def write_record(folder: Path, description: RunDescription, *, tracking_uri: str) -> None:
+    """Writes ``run.json``; what a folder knows of its MLflow run already is kept.
+
+    Args:
+        folder: The run's local folder.
+        description: What the run is.
+        tracking_uri: As ``resolve_tracking_uri`` gives it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    address = redact(tracking_uri)
+    uid, run_id = secrets.token_hex(16), None
+    with contextlib.suppress(FileNotFoundError):
+        old = RunRecord.read(folder)
+        uid, run_id = old.uid, old.mlflow_run_id if old.tracking_uri == address else None
+    fields = {name: getattr(description, name) for name in RunDescription.model_fields}
+    RunRecord(**fields, uid=uid, tracking_uri=address, mlflow_run_id=run_id).write(folder)
+
+
 def create_run(folder: Path, description: RunDescription, *, tracking_uri: str, timeout_s: float = 10.0) -> str | None:
     """Writes ``run.json`` and makes the MLflow run, or finds the one that this folder has already.
 
@@ -163,14 +195,7 @@ def create_run(folder: Path, description: RunDescription, *, tracking_uri: str, 
     Returns:
         The MLflow run id; None where the run could not be made now, which has been said in a line on stderr.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    address = redact(tracking_uri)
-    uid, run_id = secrets.token_hex(16), None
-    with contextlib.suppress(FileNotFoundError):
-        old = RunRecord.read(folder)
-        uid, run_id = old.uid, old.mlflow_run_id if old.tracking_uri == address else None
-    fields = {name: getattr(description, name) for name in RunDescription.model_fields}
-    RunRecord(**fields, uid=uid, tracking_uri=address, mlflow_run_id=run_id).write(folder)
+    write_record(folder, description, tracking_uri=tracking_uri)
     answer = _ask_client("create", folder, timeout_s, tracking_uri)
     if answer.get("problem"):
         print(
@@ -255,7 +280,7 @@ def _ask_client(action: str, folder: Path, timeout_s: float, tracking_uri: str |
 
 
 def start_follower(folder: Path, *, tracking_uri: str | None = None) -> "Follower":
-    """Starts the process that follows the spool and sends it every other second.
+    """Starts the process that follows the spool, and those of trials, and sends it every other second.
 
     It retries for as long as this process lives, at low priority, and tells its troubles to ``sync.log`` only. Where
     this process dies without ``Follower.stop``, it writes the status KILLED and tries once more to send the rest.

@@ -22,7 +22,6 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mae_core import weights
 from mae_core.augment import check_policy
@@ -31,7 +30,7 @@ from mae_core.sheets import confusion_picture
 from pipelines import provenance
 from pipelines.cli import parse_with_file
 from pipelines.config import Config, flat
-from pipelines.console import Console
+from pipelines.console import Printer, make_console
 from pipelines.data.shards import Manifest, load_index, load_manifest
 from pipelines.errors import UserError, run_command
 from pipelines.plots import Point, draw_scores
@@ -321,16 +320,18 @@ def _run(
     uri = resolve_tracking_uri(transfer.storage)
     create_run(folder.path, describe(transfer, data, parent), tracking_uri=uri)
     folder.push()
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    console: Any = Console.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    console = make_console()
+    printer = Printer(console)
     # Large ones do not fit into what travels with a function.
     job = TransferJob(transfer, config, ray.put(state), train, test, len(classes), store, console)
     print(f"{score_name(transfer)}: {train.num_samples:,} images to learn from, {test.num_samples:,} to test on")
     error = ""
     try:
-        run_workers(lambda: transfer_worker(job), transfer.scale, store, console)
+        run_workers(lambda: transfer_worker(job), transfer.scale, store)
     except ray.train.TrainingFailedError as failed:
         error = str(failed).strip().splitlines()[-1]
+    finally:
+        printer.stop()
     failure = ray.get(console.failure.remote())
     if failure or error:
         with contextlib.suppress(OSError):

@@ -2,14 +2,12 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 
 from pipelines.config import Scale
-from pipelines.console import Printer
 from pipelines.errors import UserError
 from pipelines.storage import Store
 
@@ -28,11 +26,11 @@ def check_resources(scale: Scale, reading: float) -> None:
     if scale.min_workers:
         _check_room_for_reading(scale, reading)
     cpus = have.get("CPU", 0)
-    wanted = scale.workers * scale.cpus_per_worker
+    wanted, wanted_gpus = scale.workers * scale.cpus_per_worker, scale.workers * scale.gpus_per_worker
     if scale.address or os.environ.get("RAY_ADDRESS"):
         # A cluster may still grow: Ray waits for what is missing.
-        gpus = f" and {scale.workers} GPUs" if scale.gpu else ""
-        if wanted + reading > cpus or (scale.gpu and scale.workers > have.get("GPU", 0)):
+        gpus = f" and {wanted_gpus:g} GPUs" if scale.gpu else ""
+        if wanted + reading > cpus or wanted_gpus > have.get("GPU", 0):
             print(
                 f"waiting for the cluster to grow: the run needs {wanted + reading:g} CPUs{gpus}, "
                 f"there are {cpus:g} and {have.get('GPU', 0):g}",
@@ -46,10 +44,8 @@ def check_resources(scale: Scale, reading: float) -> None:
             f"reading data are more than the {cpus:g} CPUs there are: lower scale.workers, or set "
             f"scale.cpus_per_worker to {share:.2g} or less"
         )
-    if scale.gpu and scale.workers > have.get("GPU", 0):
-        raise UserError(
-            f"scale.gpu asks for {scale.workers} GPUs, one for each worker; there are {have.get('GPU', 0):g}"
-        )
+    if wanted_gpus > have.get("GPU", 0):
+        raise UserError(f"scale.gpu asks for {wanted_gpus:g} GPUs; there are {have.get('GPU', 0):g}")
 
 
 def _check_room_for_reading(scale: Scale, reading: float) -> None:
@@ -72,14 +68,13 @@ def _check_room_for_reading(scale: Scale, reading: float) -> None:
             )
 
 
-def run_workers(worker: Callable[[], None], scale: Scale, store: Store, console: Any) -> None:
+def run_workers(worker: Callable[[], None], scale: Scale, store: Store) -> None:
     """Runs the workers until the run has ended; lost ones are replaced.
 
     Args:
         worker: What each does; pickled by value.
         scale: How many, and on what.
         store: The run's folder.
-        console: Where they tell.
 
     Raises:
         ray.train.TrainingFailedError: It failed for good.
@@ -87,25 +82,21 @@ def run_workers(worker: Callable[[], None], scale: Scale, store: Store, console:
     # Where a node has just been lost, Ray Train asks for a place there until it has heard of the loss. It asks anew
     # each time that this has passed: 60 s by default.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
-    printer = Printer(console)
-    resources = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.gpu else {})}
-    try:
-        ray.train.torch.TorchTrainer(
-            worker,
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=(scale.min_workers, scale.workers) if scale.min_workers else scale.workers,
-                # Looking costs one call to an actor; Ray looks for new nodes every 20 s.
-                elastic_resize_monitor_interval_s=10.0,
-                use_gpu=scale.gpu,
-                resources_per_worker=resources,
-            ),
-            # Ray Train keeps its own notes there; the checkpoints are ours (training/checkpoint.py).
-            run_config=ray.train.RunConfig(
-                name="ray-train",
-                storage_path=store.location,
-                failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
-                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            ),
-        ).fit()
-    finally:
-        printer.stop()
+    resources = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpu else {})}
+    ray.train.torch.TorchTrainer(
+        worker,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(scale.min_workers, scale.workers) if scale.min_workers else scale.workers,
+            # Looking costs one call to an actor; Ray looks for new nodes every 20 s.
+            elastic_resize_monitor_interval_s=10.0,
+            use_gpu=scale.gpu,
+            resources_per_worker=resources,
+        ),
+        # Ray Train keeps its own notes there; the checkpoints are ours (training/checkpoint.py).
+        run_config=ray.train.RunConfig(
+            name="ray-train",
+            storage_path=store.location,
+            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    ).fit()

@@ -1,7 +1,6 @@
 """What every Ray Train worker of a pretraining run does."""
 
 import errno
-import itertools
 import json
 import os
 import resource
@@ -21,20 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_core.optim import lr_at, make_optimizer, peak_lr
 from pipelines.config import Config, identity, identity_hash, total_steps
 from pipelines.data.feed import Feed, join_crew
-from pipelines.data.plan import Cut, Plan
-from pipelines.data.readers import MicroBatch, Stream, View
+from pipelines.data.readers import MicroBatch, View
 from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
-from pipelines.reading import ReadPolicy
 from pipelines.spool import Spool
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
 from pipelines.training import checkpoint
-from pipelines.training.build import build_model, fit_target, initial_weights
+from pipelines.training.build import build_model, fit_target, initial_weights, make_stream, make_trainer
 from pipelines.training.pictures import save_reconstructions
 from pipelines.training.probing import Prober
 from pipelines.training.runfolder import RunFolder
-from pipelines.training.step import Trainer, train_step
+from pipelines.training.step import Trainer, autocast, train_step
 from pipelines.training.unreadable import Unreadable, over_ranks, told
 
 # A disk that is full or closed stays so: starting again is of no use.
@@ -59,6 +56,8 @@ class Job:
         probe_train: Labelled images for the probes, or None.
         probe_test: Labelled images that are read once, or None.
         console: Actor that takes lines for the driver's terminal.
+        judged: Whether the run waits at each of its probes until it is told at the console to go on, or to end there.
+        followed: Whether somebody else sends the record to MLflow while the run lasts.
     """
 
     config: Config
@@ -66,6 +65,8 @@ class Job:
     probe_train: Manifest | None
     probe_test: Manifest | None
     console: Any
+    judged: bool = False
+    followed: bool = False
 
 
 def train_worker(job: Job) -> None:
@@ -80,8 +81,10 @@ def train_worker(job: Job) -> None:
     try:
         run = _Worker(job)
         start = run.resume()
-        run.train(start)
-        run.finish()
+        if run.train(start):
+            run.finish()
+        else:
+            run.give_up()
     except UserError as error:
         ray.get(job.console.fail.remote(str(error), True))
         raise
@@ -108,43 +111,24 @@ class _Worker:
         if self.device.type == "cpu":
             # Ray sets one thread a worker; the workers of a node share its cores.
             cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+            torch.set_num_threads(config.scale.threads or max(1, cores // context.get_local_world_size()))
         self.steps = total_steps(config, job.train.num_samples)
         per_node = config.scale.executions
         self.crew = join_crew(
             self.rank,
             self.world_size,
             num_cpus=config.data.cpus_per_task,
+            limit=config.scale.reading_cpus,
             broadcast=broadcast_from_rank_zero,
             per_node=per_node == "node" or (per_node == "auto" and self.world_size > MOST_IN_ONE_EXECUTION),
         )
-        end = None if config.train.steps else int(config.train.epochs * job.train.num_samples)
-        self.stream = Stream(
-            job.train,
-            Plan(job.train.num_samples, config.run.seed, end=end),
-            Cut(
-                config.batch.global_size,
-                config.batch.micro_size,
-                self.world_size,
-                config.data.repeats,
-                self.crew.groups,
-            ),
-            View(
-                config.data.image_size,
-                config.data.channels,
-                config.run.seed,
-                config.data.crop_scale,
-                config.data.flip,
-                augment=config.data.augment,
-            ),
-            ReadPolicy(deadline_s=config.data.deadline_s),
-        )
+        self.stream = make_stream(config, job.train, self.world_size, self.crew.groups)
         self.store = Store(config.run.storage).child(config.run.name)
         self.folder = RunFolder(self.store) if self.rank == 0 else None
         self.spool = Spool(self.folder.path) if self.folder else None
         if self.spool:
             self.spool.status("RUNNING")
-        self.follower = start_follower(self.folder.path) if self.folder else None
+        self.follower = start_follower(self.folder.path) if self.folder and not job.followed else None
         self.unreadable = Unreadable(self.folder, self.device)
         self.prober = Prober(config, self.crew, self.device, self.autocast)
         self.model = build_model(config).to(self.device)
@@ -153,9 +137,7 @@ class _Worker:
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
-        asked = self.config.train.precision
-        bfloat16 = asked == "bfloat16" or (asked == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+        return autocast(self.config.train.precision, self.device)
 
     def say(self, line: str) -> None:
         """Shows a line in the driver's terminal."""
@@ -200,8 +182,12 @@ class _Worker:
 
     # ---- the steps
 
-    def train(self, start: int) -> None:
-        """All steps from ``start``, with what stands around them."""
+    def train(self, start: int) -> bool:
+        """All steps from ``start``, with what stands around them.
+
+        Returns:
+            Whether they were done; False where the run was told to end at a probe.
+        """
         config = self.config
         per_epoch = self.job.train.num_samples / config.batch.global_size
         schedule = {
@@ -213,9 +199,12 @@ class _Worker:
         probe_every = max(1, round(config.probe.every_epochs * per_epoch)) if config.probe.every_epochs else self.steps
         # One that falls just before the last would tell nothing new.
         probes = [p for p in range(probe_every, self.steps, probe_every) if start < p < self.steps - probe_every // 2]
-        stretches = dict(itertools.pairwise([start, *probes, self.steps]))
+        # Probes that read nothing leave the reading of the training data alone.
+        held = bool(probes) and self.prober.hold(*self.prober.looked_at(self.job.probe_train, self.job.train))
+        ends = [*([] if held else probes), self.steps]
+        stretches: dict[int, int] = dict(zip([start, *ends[:-1]], ends, strict=True))
         trainer = self._trainer()
-        if start == 0:
+        if start == 0 and config.probe.at_start:
             self.probe(0, (0, stretches[0]))
         else:
             self.reading = self.feed((start, stretches[start]))
@@ -227,16 +216,21 @@ class _Worker:
             window.append(train_step(trainer, batches, lr))
             done = step + 1
             save_now = done == self.steps or (save_every and done % save_every == 0)
+            save_now = save_now or (self.job.judged and done in probes)
             if log_now := save_now or done % config.log.every == 0:
                 self._log(done, lr, torch.stack(window), trainer)
                 window = []
-            if done in stretches:
-                self.probe(done, (done, stretches[done]))
+            goes_on = done not in probes or self.probe(done, None if held else (done, stretches[done]))
             # Only where everything has been told: a run that continues from here leaves out nothing.
             if save_now or (log_now and time.perf_counter() - self.last_save >= 60 * config.checkpoint.every_minutes):
                 self._save(done)
+            if not goes_on:
+                assert self.reading is not None
+                self.reading.close()
+                return False
         if next(batches, None) is not None:
             raise RuntimeError("the data holds more than the run's steps")
+        return True
 
     def _read_on(self) -> Iterator[MicroBatch]:
         """The training data of one stretch after the other."""
@@ -251,18 +245,7 @@ class _Worker:
         if self.world_size > 1:
             # The only buffers are a fitted target's, which never change.
             model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-        config = self.config
-        return Trainer(
-            model,
-            self.optimizer,
-            self.stream.cut,
-            self.model.masking,
-            config.run.seed,
-            torch.tensor(config.data.mean, device=self.device),
-            torch.tensor(config.data.std, device=self.device),
-            self.device,
-            self.autocast,
-        )
+        return make_trainer(self.config, model, self.model.masking, self.optimizer, self.stream.cut, self.device)
 
     def _audited(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Writes down the ids of what arrives, where the run asks for it; otherwise changes nothing."""
@@ -352,19 +335,24 @@ class _Worker:
         if self.folder:
             self.folder.push()
 
-    def probe(self, done: int, then: tuple[int, int]) -> None:
+    def probe(self, done: int, then: tuple[int, int] | None) -> bool:
         """Scores the features on held-out training labels and draws reconstructions.
 
         Args:
             done: Steps done.
             then: The steps that follow. Their data is read from when the probe has read its own: tasks that wait
-                for their output to be taken keep their CPUs, and the probe's would wait for them for ever.
+                for their output to be taken keep their CPUs, and the probe's would wait for them for ever. None where
+                it is being read already.
+
+        Returns:
+            Whether the run goes on.
         """
         start = time.perf_counter()
         self.model.eval()
 
         def read_on() -> None:
-            self.reading = self.feed(then)
+            if then:
+                self.reading = self.feed(then)
 
         scores = self.prober.validate(self.model, self.job.probe_train, self.job.train, read_on)
         self.model.train()
@@ -373,7 +361,21 @@ class _Worker:
             self.spool.metrics(done, scores)
             self.say(f"step {done} of {self.steps}  {_told(scores)}  ({time.perf_counter() - start:.0f} s)")
         self._draw(done)
+        goes_on = not done or self._verdict(done, scores)
         self.window_start += time.perf_counter() - start
+        return goes_on
+
+    def _verdict(self, done: int, scores: dict[str, float]) -> bool:
+        """What whoever judges the run says to a probe's scores; the same on all workers."""
+        if not self.job.judged:
+            return True
+        goes_on = False
+        if self.rank == 0:
+            ray.get(self.job.console.score.remote(done, scores))
+            while (verdict := ray.get(self.job.console.verdict.remote(done))) is None:
+                time.sleep(0.05)
+            goes_on = verdict
+        return bool(broadcast_from_rank_zero(goes_on))
 
     def _tell_left_out(self, done: int) -> None:
         skipped, self.prober.skipped = self.prober.skipped, []
@@ -405,6 +407,8 @@ class _Worker:
         self._draw(self.steps)
         if self.spool and self.folder:
             self.spool.metrics(self.steps, scores)
+            if self.job.judged:
+                ray.get(self.job.console.score.remote(self.steps, scores))
             result = {
                 "step": self.steps,
                 "identity": identity_hash(identity(self.config, job.train.digest)),
@@ -417,6 +421,13 @@ class _Worker:
                     self.spool.artifact(name)
             self.spool.status("FINISHED")
             self.folder.push()
+
+    def give_up(self) -> None:
+        """Ends the run where it stands; the same name continues it."""
+        self.writer.wait()
+        if self.spool:
+            self.spool.status("FINISHED")
+            self._push()
 
     def close(self) -> None:
         """Ends what runs beside the loop."""

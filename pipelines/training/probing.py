@@ -1,6 +1,6 @@
 """What the features are worth, measured by all workers of a run together: each encodes a share, rank 0 scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -52,6 +52,21 @@ class Look(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Images:
+    """A batch of a worker's share.
+
+    Args:
+        images_BHWC: uint8 pixels.
+        label_B: int64.
+        sample_B: int64 ids, ``FILLER`` where there is no image.
+    """
+
+    images_BHWC: torch.Tensor
+    label_B: torch.Tensor
+    sample_B: np.ndarray
+
+
 @dataclass
 class Prober:
     """Extracts features with all workers and scores them on rank 0.
@@ -69,6 +84,46 @@ class Prober:
     autocast: Callable[[], torch.autocast]
     skipped: list[dict[str, str]] = field(default_factory=list)
     """Images that could not be read, collected until somebody takes them."""
+    _held: "dict[tuple[str, int], list[_Images]]" = field(default_factory=dict, init=False)
+
+    def hold(self, manifest: Manifest, limit: int = 0) -> bool:
+        """Keeps this worker's share of the images that probes look at again and again, where they are small.
+
+        Args:
+            manifest: The data.
+            limit: As ``extract`` has it.
+
+        Returns:
+            Whether they are kept, the same on all workers: then ``extract`` reads nothing.
+        """
+        height, width = self.config.data.image_size
+        num = min(limit or manifest.num_samples, manifest.num_samples)
+        if num * height * width * self.config.data.channels > (self.config.probe.hold_mib << 20) * self.crew.world_size:
+            return False
+        self._held = {(manifest.digest, limit): list(self._read(manifest, limit))}
+        return True
+
+    def _read(self, manifest: Manifest, limit: int) -> Iterator["_Images"]:
+        """This worker's share of a data set's images, or of those that the limit leaves; all have as many batches."""
+        crew, rows = self.crew, self.config.batch.micro_size
+        num = min(limit or manifest.num_samples, manifest.num_samples)
+        stream = Stream(
+            manifest,
+            Plan(manifest.num_samples, seed=0, end=num, shuffle=bool(limit)),
+            Cut(rows * crew.world_size, rows, crew.world_size, groups=crew.groups),
+            View(self.config.data.image_size, self.config.data.channels, crop_share=self.config.probe.crop_share),
+            ReadPolicy(deadline_s=self.config.data.deadline_s),
+        )
+        steps = -(-num // stream.cut.global_size)
+        for batch in Feed(stream, (0, steps), crew=crew, num_tasks=self.config.scale.segment_tasks):
+            self.skipped += batch.skipped
+            # Copies: what arrives lies in the object store, and keeps its block there.
+            yield _Images(
+                torch.from_numpy(batch.images_BHWC.copy()),
+                torch.from_numpy(batch.label_B.copy()),
+                # An image that could not be read is left out like filler.
+                np.where(batch.weight_B > 0, batch.sample_B, FILLER),
+            )
 
     @torch.inference_mode()
     def extract(
@@ -86,25 +141,17 @@ class Prober:
             limit: Take that many images, spread over the data set; 0: all.
             when_read: Called on every worker when nothing is being read any more.
         """
-        config, crew = self.config, self.crew
+        config, crew, rows = self.config, self.crew, self.config.batch.micro_size
         num = min(limit or manifest.num_samples, manifest.num_samples)
-        rows = config.batch.micro_size
-        stream = Stream(
-            manifest,
-            Plan(manifest.num_samples, seed=0, end=num, shuffle=bool(limit)),
-            Cut(rows * crew.world_size, rows, crew.world_size, groups=crew.groups),
-            View(config.data.image_size, config.data.channels, crop_share=config.probe.crop_share),
-            ReadPolicy(deadline_s=config.data.deadline_s),
-        )
-        steps = -(-num // stream.cut.global_size)
+        steps = -(-num // (rows * crew.world_size))
         # Made at once: small pieces that are kept among large ones that are freed would tear the heap apart.
         features = [torch.empty(steps * rows, model.width, device=self.device) for model in models]
         labels = torch.full((steps * rows,), -1)
         samples = torch.full((steps * rows,), FILLER)
-        for step, batch in enumerate(Feed(stream, (0, steps), crew=crew, num_tasks=config.scale.segment_tasks)):
+        batches = self._held.get((manifest.digest, limit)) or self._read(manifest, limit)
+        for step, batch in enumerate(batches):
             here = slice(step * rows, (step + 1) * rows)
-            images_BHWC = torch.from_numpy(batch.images_BHWC.copy()).to(self.device)
-            images_BCHW = normalize(images_BHWC, config.data.mean, config.data.std)
+            images_BCHW = normalize(batch.images_BHWC.to(self.device), config.data.mean, config.data.std)
             with self.autocast():
                 for model, part in zip(models, features, strict=True):
                     part[here] = (
@@ -112,10 +159,8 @@ class Prober:
                         if isinstance(model, MaskedAutoencoder)
                         else model.look(images_BCHW, batch.sample_B)
                     )
-            self.skipped += batch.skipped
-            labels[here] = torch.from_numpy(batch.label_B.copy())
-            # an image that could not be read is left out like filler
-            samples[here] = torch.from_numpy(np.where(batch.weight_B > 0, batch.sample_B, FILLER))
+            labels[here] = batch.label_B
+            samples[here] = torch.from_numpy(batch.sample_B)
         gathered = [self._gather(part.to(self.device)).cpu() for part in (*features, labels, samples)]
         if when_read:
             when_read()
@@ -155,11 +200,16 @@ class Prober:
         Returns:
             The scores on rank 0, nothing on the others.
         """
+        found = self.extract([model], *self.looked_at(train, images), when_read)
+        if found is None:
+            return {}
         if train is None:
-            found = self.extract([model], images, UNLABELLED_IMAGES, when_read)
-            return {} if found is None else {"probe/effective_rank": effective_rank(found[0].features_ND)}
-        found = self.extract([model], train, self.config.probe.samples, when_read)
-        return {} if found is None else self._validation(found[0], train)
+            return {"probe/effective_rank": effective_rank(found[0].features_ND)}
+        return self._validation(found[0], train)
+
+    def looked_at(self, train: Manifest | None, images: Manifest) -> tuple[Manifest, int]:
+        """The data that ``validate`` reads, and its limit."""
+        return (images, UNLABELLED_IMAGES) if train is None else (train, self.config.probe.samples)
 
     def _validation(self, found: Features, train: Manifest) -> dict[str, float]:
         scores = _score(found, None, train, self.config)

@@ -1,0 +1,226 @@
+"""Runs trials on Ray Tune: as many at once as the machines carry, each fed fairly, and none lost by a restart."""
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.tune
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.repeater import Repeater
+
+from pipelines.config import Config
+from pipelines.errors import UserError
+from tune.journal import Cell, Journal
+from tune.scheduler import JournalingScheduler
+from tune.space import Space
+from tune.trainable import CELL, SCORE, PretrainingTrial, Study
+
+
+@dataclass(frozen=True)
+class Share:
+    """What each trial may take, where several run at once.
+
+    Args:
+        concurrent: Trials at once.
+        reading_cpus: CPUs for reading and decoding of each.
+        threads: PyTorch threads of each of a trial's workers.
+    """
+
+    concurrent: int
+    reading_cpus: float
+    threads: int
+
+
+def share(config: Config, at_most: int) -> Share:
+    """How many trials run at once, and with what.
+
+    Args:
+        config: Of a trial.
+        at_most: Trials at once that the user allows; 0: as many as fit.
+
+    Raises:
+        UserError: Not even one fits.
+    """
+    have = ray.cluster_resources()
+    scale, cpus, gpus = config.scale, have.get("CPU", 0.0), have.get("GPU", 0.0)
+    training, reading = scale.workers * scale.cpus_per_worker, config.data.cpus_per_task
+    # Ray counts in ten-thousandths.
+    fit = int(cpus / (training + max(reading, scale.reading_cpus)) + 1e-4)
+    wanted = f"{training:g} CPUs to train and {reading:g} to read"
+    if scale.gpu:
+        each = scale.workers * scale.gpus_per_worker
+        fit, wanted = min(fit, int(gpus / each + 1e-4)), f"{wanted}, and {each:g} GPUs"
+    if not fit:
+        raise UserError(
+            f"no trial fits: one needs {wanted}; there are {cpus:g} CPUs and {gpus:g} GPUs. Lower scale.workers or "
+            "scale.cpus_per_worker"
+        )
+    concurrent = min(fit, at_most or fit)
+    free = (cpus - concurrent * training) / concurrent
+    cores = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+    threads = max(1, cores // (concurrent * scale.workers))
+    return Share(concurrent, scale.reading_cpus or int(100 * free) / 100, scale.threads or threads)
+
+
+class _Progress(ray.tune.Callback):
+    """A line for each report, and one for each end."""
+
+    def __init__(self, journal: Journal, study: Study, planned: int, learned: Callable[[], None]):
+        self._journal, self._study, self._planned, self._learned = journal, study, planned, learned
+
+    def _say(self, trial: TuneTrial, text: str) -> None:
+        name = self._study.cell(trial.config).name
+        number = list(self._journal.trials).index(name) + 1
+        print(f"[{number}/{self._planned}] {name}  {text}", flush=True)
+        self._learned()
+
+    def on_trial_result(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: Any, **_: Any) -> None:  # noqa: ARG002
+        if result.get("aborted") or result.get("replayed"):
+            return
+        if reason := result.get("failed"):
+            self._say(trial, f"failed: {reason}")
+            return
+        known = self._journal.trials[self._study.cell(trial.config).name]
+        # A last score is noted after this.
+        state = "finished" if result["done"] and known.state == "running" else known.state
+        end = {"running": "", "stopped": "  stopped", "finished": "  finished"}.get(state, "")
+        self._say(trial, f"step {result['step']}  {result[SCORE]:.2f} %  {result['seconds']:.0f} s{end}")
+
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:  # noqa: ARG002
+        self._say(trial, f"failed: {self._journal.trials[self._study.cell(trial.config).name].reason}")
+
+
+class _Ending(ray.tune.Stopper):
+    """Ends all trials when the user wants to stop."""
+
+    wanted = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
+        return self.wanted
+
+    def stop_all(self) -> bool:
+        return self.wanted
+
+
+@contextmanager
+def _interruptible(ending: _Ending, sign: Any) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the search in order; a second one at once."""
+
+    def handle(number: int, _: Any) -> None:
+        print("ending: --resume goes on from here", flush=True)
+        ending.wanted = True
+        sign.put_up.remote()
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def listed(cells: Sequence[Cell]) -> dict[str, Any]:
+    """Tune's space of exactly these trials, in their order."""
+    return {CELL: ray.tune.grid_search([{"values": dict(cell.values), "seed": cell.seed} for cell in cells])}
+
+
+def optuna(space: Space, journal: Journal, seeds: int, seed: int) -> Searcher:
+    """Optuna's sampler (TPE), which learns from the trials before a restart as they report again.
+
+    Args:
+        space: What varies.
+        journal: What is known.
+        seeds: Trials of each point.
+        seed: Of the sampler.
+    """
+    known: list[dict[str, Any]] = []
+    for trial in journal.trials.values():
+        if trial.values not in known:
+            known.append(dict(trial.values))
+    logging.getLogger("optuna").setLevel(logging.WARNING)
+    search = OptunaSearch(space.optuna(), metric=SCORE, mode="max", points_to_evaluate=known or None, seed=seed)
+    return Repeater(search, repeat=seeds) if seeds > 1 else search
+
+
+def run_trials(
+    study: Study,
+    journal: Journal,
+    *,
+    param_space: dict[str, Any],
+    searcher: Searcher | None,
+    scheduler: TrialScheduler,
+    num_samples: int,
+    planned: int,
+    concurrent: int,
+    folder: str,
+    learned: Callable[[], None],
+) -> bool:
+    """Runs trials until all have ended, or the user stops them.
+
+    Args:
+        study: What they share.
+        journal: Where it is written down.
+        param_space: From ``listed``; empty with a searcher.
+        searcher: A sampler, or None.
+        scheduler: Decides which go on.
+        num_samples: Tune's; 1 for listed trials.
+        planned: Trials in all.
+        concurrent: At once.
+        folder: Where Tune keeps its own notes.
+        learned: Called after each report.
+
+    Returns:
+        Whether all have ended.
+    """
+    # Ctrl-C, files and lines for each trial are ours; and a trial that is told to end has no score.
+    os.environ |= {
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+    }
+    # It warns of the files that are left out, and shows failures whole: the journal has their reasons.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    ending = _Ending()
+    # Beside the head: a trial's own process only waits. It must claim something, and no CPU that its run needs.
+    trainable = ray.tune.with_resources(
+        ray.tune.with_parameters(PretrainingTrial, study=study), {"node:__internal_head__": 0.001}
+    )
+    tuner = ray.tune.Tuner(
+        trainable,
+        param_space=param_space,
+        tune_config=ray.tune.TuneConfig(
+            metric=SCORE,
+            mode="max",
+            search_alg=searcher,
+            scheduler=JournalingScheduler(scheduler, journal, study),
+            num_samples=num_samples,
+            max_concurrent_trials=concurrent,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=ray.tune.RunConfig(
+            name="ray-tune",
+            storage_path=folder,
+            verbose=0,
+            stop=ending,
+            callbacks=[_Progress(journal, study, planned, learned)],
+            failure_config=ray.tune.FailureConfig(max_failures=0),
+            # The runs keep their own.
+            checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    with _interruptible(ending, study.stop):
+        tuner.fit()
+    return not ending.wanted

@@ -1,0 +1,85 @@
+"""Which trials go on: Tune's schedulers, with every decision in the journal before the trial hears of it."""
+
+from typing import Any
+
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+from tune.journal import Journal
+from tune.trainable import SCORE, SHARE, Study
+
+
+class JournalingScheduler(FIFOScheduler):
+    """Writes down what an inner scheduler decides; what had been decided before a restart stands.
+
+    Args:
+        inner: The scheduler.
+        journal: Where it is written.
+        study: Says which trial is which.
+    """
+
+    @property
+    def supports_buffered_results(self) -> bool:
+        """No: a trial waits for each decision."""
+        return False
+
+    def __init__(self, inner: TrialScheduler, journal: Journal, study: Study):
+        super().__init__()
+        self._inner, self._journal, self._study = inner, journal, study
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Passed on."""
+        return self._inner.set_search_properties(metric, mode, **spec)
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Notes that the trial has begun."""
+        cell = self._study.cell(trial.config)
+        if cell.name not in self._journal.trials:
+            self._journal.begin(cell)
+        self._inner.on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        """Decides, and writes it down."""
+        decision = self._inner.on_trial_result(tune_controller, trial, result)
+        if result["replayed"]:
+            return TrialScheduler.STOP if result["stopped"] else TrialScheduler.CONTINUE
+        self._note(trial, result, "stopped" if decision == TrialScheduler.STOP else "running")
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
+        """Notes the last score of a trial that was not stopped."""
+        if result.get("aborted"):
+            return
+        cell = self._study.cell(trial.config)
+        known = self._journal.trials[cell.name]
+        if reason := result.get("failed"):
+            if known.state != "failed":
+                self._journal.fail(cell, reason)
+            self._inner.on_trial_error(tune_controller, trial)
+            return
+        self._inner.on_trial_complete(tune_controller, trial, result)
+        if known.state == "running" and not result["replayed"]:
+            self._note(trial, result, "finished")
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Notes that a trial's own process has died: what its run fails with comes as a result."""
+        self._journal.fail(self._study.cell(trial.config), "its process died")
+        self._inner.on_trial_error(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Passed on."""
+        self._inner.on_trial_remove(tune_controller, trial)
+
+    def _note(self, trial: TuneTrial, result: dict[str, Any], state: Any) -> None:
+        cell = self._study.cell(trial.config)
+        self._journal.report(cell, result["step"], result[SCORE], result["seconds"], result["flops"], state)
+
+
+def asha(reports: int, reduction: int) -> TrialScheduler:
+    """ASHA (Li et al., 2020): at each rung the worse trials end.
+
+    Args:
+        reports: Probes of a whole trial; the first rung is at the first of them.
+        reduction: One in so many goes on beyond a rung.
+    """
+    return ASHAScheduler(time_attr=SHARE, max_t=100, grace_period=max(1, 100 // reports), reduction_factor=reduction)

@@ -1,0 +1,392 @@
+"""Searches a space of configurations for the best features: Ray Tune over pretraining runs, scored by a probe.
+
+    python -m tune.search --config pipelines/recipes/digits.toml --space tune/spaces/mask_ratio_decoder_width.toml
+    ray job submit --working-dir . -- python tune/search.py --config ... --space ...
+
+Every trial is an ordinary pretraining run under the search's folder. The same ``run.name`` with ``--resume`` goes on
+with a search that was ended or killed.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pydantic
+import ray
+from pydantic import Field
+
+from pipelines import provenance
+from pipelines.cli import parse_with_file, to_toml
+from pipelines.config import Config, flat, identity, total_steps
+from pipelines.errors import UserError, run_command
+from pipelines.pretrain import Images, check, resolve
+from pipelines.pretrain import main as pretrain_main
+from pipelines.ray_session import connect
+from pipelines.spool import SPOOL_FILE, Spool, redact
+from pipelines.storage import Store
+from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send, start_follower
+from pipelines.training.runfolder import RunFolder
+from tune.journal import Cell, Journal, shown
+from tune.space import Space, check_points, load_space, with_values
+from tune.trainable import StopSign, Study
+from tune.trial import Ranked, ranking
+
+PROG = "python -m tune.search"
+INTERRUPTED = 130  # the exit code of what Ctrl-C has ended
+OBJECTIVES = {"linear": "probe/linear_top1", "knn": "probe/knn_top1"}
+
+
+class Search(Config):
+    """Searches a space of configurations for the best features; every other flag is one of the pretraining runs."""
+
+    space: str = ""
+    """TOML file of what varies: see tune/spaces."""
+    samples: int = Field(default=16, ge=1)
+    """Points of the space to try; of the sampler grid: points a range is cut into."""
+    sampler: Literal["random", "grid", "optuna"] = "random"
+    """How points are chosen; optuna learns from the trials before (TPE)."""
+    seeds: int = Field(default=1, ge=1)
+    """Trainings of each point, ranked by their mean."""
+    objective: str = "linear"
+    """What is sought: top-1 of the linear probe (linear) or of nearest neighbours (knn) on a validation split."""
+    reports: int = Field(default=4, ge=1, le=50)
+    """Probes of a whole trial, evenly spread: where it can be stopped."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha: the worse trials end at each rung; none: all are trained to the end."""
+    reduction: int = Field(default=2, ge=2)
+    """Of asha: one trial in so many goes on beyond a rung."""
+    concurrent: int = Field(default=0, ge=0)
+    """Trials at once, at most; 0: as many as fit."""
+    resume: bool = False
+    """Go on with the search of this name."""
+    retry_failed: bool = False
+    """With resume: train those again that failed."""
+    final: bool = False
+    """Train the best configuration longer at the end, and read the test set (probe.test) once."""
+    final_factor: float = Field(default=4.0, gt=0)
+    """How much longer."""
+
+    @pydantic.field_validator("objective")
+    @classmethod
+    def _is_a_probe(cls, value: str) -> str:
+        if "loss" in value:
+            raise ValueError(
+                "the reconstruction loss cannot rank configurations: it falls with easier masks and targets, not with "
+                "better features (grid masking has a lower loss and worse features: the paper, table 1f); "
+                "choose linear or knn"
+            )
+        if value not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}")
+        return value
+
+
+def pretraining(search: Search) -> Config:
+    """The pretraining configuration that a search varies, as the user gave it."""
+    return Config.model_validate(search.model_dump(include=set(Config.model_fields)))
+
+
+def trial_config(search: Search, num_samples: int) -> Config:
+    """What a trial has where the space says nothing: no test data, no pictures, and as many probes as are asked for.
+
+    Args:
+        search: The search, resolved.
+        num_samples: Images of an epoch.
+    """
+    config = pretraining(search)
+    values = config.model_dump()
+    epochs = total_steps(config, num_samples) * config.batch.global_size / num_samples
+    values["run"] |= {"storage": Store(config.run.storage).child(config.run.name).path("trials"), "init_from": ""}
+    values["probe"] |= {"test": "", "at_start": False, "every_epochs": epochs / search.reports}
+    values["log"] |= {"pictures": 0}
+    return Config.model_validate(values)
+
+
+def cells(search: Search, space: Space) -> list[Cell]:
+    """The trials of a search whose points do not depend on their scores; all seeds of a point together."""
+    points = space.grid(search.samples) if search.sampler == "grid" else space.random(search.samples, search.run.seed)
+    return [Cell(values, search.run.seed + seed) for values in points for seed in range(search.seeds)]
+
+
+def definition(search: Search, space: Space, digest: str) -> dict[str, Any]:
+    """What makes a search the same search: another one must not go on in its folder."""
+    varied = {axis.key for axis in space.axes}
+    values = identity(pretraining(search), digest)
+    base = {key: value for key, value in values.items() if key not in varied}
+    asked = {
+        key: getattr(search, key) for key in ("sampler", "seeds", "objective", "reports", "scheduler", "reduction")
+    }
+    return {"space": space.digest, **asked, **base}
+
+
+def open_search(store: Store, search: Search, wanted: dict[str, Any]) -> None:
+    """Makes the search's folder, or finds the one to go on with.
+
+    Raises:
+        UserError: There is one already, or none, or another.
+    """
+    name = search.run.name
+    if not store.exists("search.json"):
+        if search.resume:
+            raise UserError(f"no search '{name}' to resume in {search.run.storage}")
+        if store.exists("config.json"):
+            raise UserError(f"'{name}' is a pretraining run in {search.run.storage}: choose another --run.name")
+        store.write("search.json", json.dumps(wanted, indent=2))
+        return
+    if not search.resume:
+        raise UserError(f"search '{name}' exists: go on with it with --resume, or choose another --run.name")
+    found = json.loads(store.read("search.json"))
+    changed = [key for key in wanted | found if wanted.get(key) != found.get(key)]
+    if changed:
+        key = changed[0]  # the space comes first
+        raise UserError(
+            f"search '{name}' was begun with another {key}: {found.get(key)!r}, now {wanted.get(key)!r}; "
+            "choose another --run.name"
+        )
+
+
+def table(ranked: Sequence[Ranked], objective: str) -> str:
+    """The configurations, best first, as a table for the terminal."""
+    keys = sorted(ranked[0].values) if ranked else []
+    head = ["", *(key.split(".", 1)[1] for key in keys), f"{objective} top-1", "seeds", "PFLOP", "seconds", "state"]
+    rows = [head]
+    for place, one in enumerate(ranked, 1):
+        half = f" +- {one.half:.2f}" if one.half is not None else ""
+        score = f"{one.score:.2f} %{half}" if one.score is not None else "-"
+        rows.append(
+            [
+                str(place),
+                *(shown(one.values[key]) for key in keys),
+                score,
+                str(one.num_seeds or one.num_failed),
+                f"{one.flops / 1e15:.3g}",
+                f"{one.seconds:.0f}",
+                one.state,
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "\n".join("  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def best_config(search: Search, best: Ranked) -> Config:
+    """The recipe that a search has found: the user's, with the best values."""
+    return with_values(pretraining(search), best.values)
+
+
+def describe(search: Search, space: Space, images: Images) -> RunDescription:
+    """What MLflow is told of the search itself."""
+    asked = {key: getattr(search, key) for key in type(search).model_fields if key not in Config.model_fields}
+    axes = {f"space.{axis.key}": f"{axis.values or (axis.low, axis.high, axis.step)}" for axis in space.axes}
+    return RunDescription(
+        experiment=search.run.experiment,
+        name=search.run.name,
+        params={**asked, **axes, **flat(pretraining(search))},
+        tags={"mae.kind": "search", **provenance.tags()},
+        datasets=provenance.dataset_inputs({"train": images.train, "probe_train": images.labelled}),
+    )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A search that has been found to make sense.
+
+    Args:
+        search: Every path absolute.
+        space: What varies.
+        images: The data of its trials.
+        config: Of its trials, where they do not differ.
+        cells: Its trials, where no sampler chooses them as it goes.
+    """
+
+    search: Search
+    space: Space
+    images: Images
+    config: Config
+    cells: list[Cell]
+
+    @property
+    def planned(self) -> int:
+        """Trials in all."""
+        return len(self.cells) or self.search.samples * self.search.seeds
+
+
+def read_search(argv: Sequence[str] | None = None) -> _Ready:
+    """Reads the command, and finds what is wrong before anything starts.
+
+    Raises:
+        UserError: Something is.
+    """
+    search = parse_with_file(Search, prog=PROG, argv=argv, default=Search())
+    search = Search.model_validate({**search.model_dump(), **resolve(pretraining(search)).model_dump()})
+    if not search.space:
+        raise UserError(f"no space is given: name one with --space tune/spaces/FILE.toml (see {PROG} --help)")
+    train, labelled, test = check(pretraining(search))
+    if labelled is None:
+        raise UserError("probe.train is not given: a search is scored by a probe, which needs labelled shards")
+    if search.final and test is None:
+        raise UserError("--final reads the test set once: give it with --probe.test")
+    config = trial_config(search, train.num_samples)
+    space = load_space(search.space, config)
+    found = cells(search, space) if search.sampler != "optuna" else []
+    check_points(config, [cell.values for cell in found] or space.grid(2))
+    return _Ready(search, space, Images(train, labelled, None), config, found)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    started = time.perf_counter()
+    ready = read_search(argv)
+    search = ready.search
+    store = Store(search.run.storage).child(search.run.name)
+    with connect(address=search.scale.address):
+        ended, ranked = _run(ready, store)
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{table(ranked, search.objective)}\n")
+    print(f"search '{search.run.name}' {'finished' if ended else 'ended'} in {minutes:.1f} min")
+    if not ended:
+        print(f"go on with it: {PROG} --resume and the same arguments")
+        return INTERRUPTED
+    if not ranked or ranked[0].score is None:
+        print("error: no trial has a score: see the reasons above", file=sys.stderr)
+        return 1
+    print(f"best       {store.path('best.toml')} (a recipe for pipelines.pretrain --config)")
+    uri = resolve_tracking_uri(search.run.storage)
+    if uri.startswith("sqlite:///"):
+        print(f"MLflow UI  mlflow ui --backend-store-uri {uri}")
+    return final(search, ranked[0], store) if search.final else 0
+
+
+def _run(ready: _Ready, store: Store) -> tuple[bool, list[Ranked]]:
+    """Runs the trials, with the search's own record.
+
+    Returns:
+        Whether all have ended, and the configurations, best first.
+    """
+    # Tune and its samplers take seconds to import: not for a mistake in the command.
+    from tune.running import listed, optuna, run_trials, share
+
+    search, space, config = ready.search, ready.space, ready.config
+    room = share(config, search.concurrent)
+    open_search(store, search, definition(search, space, ready.images.train.digest))
+    values = config.model_dump()
+    values["scale"] |= {"reading_cpus": room.reading_cpus, "threads": room.threads}
+    folder, journal = RunFolder(store), Journal(store)
+    if search.retry_failed:
+        journal.forget_failed()
+    uri = resolve_tracking_uri(search.run.storage)
+    parent = create_run(folder.path, describe(search, space, ready.images), tracking_uri=uri)
+    folder.push()
+    steps = total_steps(config, ready.images.train.num_samples)
+    known = f"; {len(journal.trials)} are known already" if journal.trials else ""
+    print(f"search '{search.run.name}': {ready.planned} trials of {steps:,} steps, {room.concurrent} at once{known}",
+          flush=True)  # fmt: skip
+    study = Study(
+        Config.model_validate(values),
+        ready.images,
+        None if ready.cells else space,
+        OBJECTIVES[search.objective],
+        search.run.name,
+        redact(uri),
+        parent,
+        store.is_local,
+        dict(journal.trials),
+        StopSign.remote(),  # type: ignore[attr-defined]
+    )
+    spool = Spool(folder.path)
+    spool.status("RUNNING")
+    follower = start_follower(folder.path) if store.is_local else None
+    try:
+        ended = run_trials(
+            study,
+            journal,
+            param_space=listed(ready.cells) if ready.cells else {},
+            searcher=None if ready.cells else optuna(space, journal, search.seeds, search.run.seed),
+            scheduler=_scheduler(search),
+            num_samples=1 if ready.cells else ready.planned,
+            planned=ready.planned,
+            concurrent=room.concurrent,
+            folder=store.location,
+            learned=lambda: _tell_best(journal, spool),
+        )
+        ranked = ranking(journal.trials.values())
+        if ended:
+            _conclude(ready, journal, ranked, folder, spool)
+        if not ended:
+            # What was being trained ends here, and is sent to the record as that.
+            ray.shutdown()
+            for trial in journal.trials.values():
+                place = store.child("trials").child(trial.name)
+                if trial.state == "running" and place.is_local and place.exists(SPOOL_FILE):
+                    Spool(place.local()).status("KILLED")
+        spool.status("FINISHED" if ended else "KILLED")
+    finally:
+        spool.close()
+        if follower:
+            follower.stop(timeout_s=30.0)
+        else:
+            send(folder.path, timeout_s=30.0)
+        folder.push()
+    return ended, ranked
+
+
+def _tell_best(journal: Journal, spool: Spool) -> None:
+    """A point of the search's own record: the best score so far, over the reports of all trials."""
+    scores = [score for trial in journal.trials.values() for _, score in trial.scores]
+    if scores:
+        spool.metrics(len(scores), {"search/best": max(scores)})
+
+
+def _scheduler(search: Search) -> Any:
+    from ray.tune.schedulers import FIFOScheduler
+
+    from tune.scheduler import asha
+
+    return asha(search.reports, search.reduction) if search.scheduler == "asha" else FIFOScheduler()
+
+
+def _conclude(ready: _Ready, journal: Journal, ranked: Sequence[Ranked], folder: RunFolder, spool: Spool) -> None:
+    """Writes the best recipe, the table and the pictures, and hands them to the record."""
+    from tune import pictures
+
+    search, trials = ready.search, list(journal.trials.values())
+    text = table(ranked, search.objective)
+    folder.write("table.txt", text + "\n")
+    spool.artifact("table.txt")
+    if not ranked or ranked[0].score is None:
+        return
+    told = f"Found by the search '{search.run.name}': {ranked[0].score:.2f} % on its validation split."
+    folder.write("best.toml", to_toml(best_config(search, ranked[0]), told))
+    spool.artifact("best.toml")
+    (folder.path / "pictures").mkdir(exist_ok=True)
+    keys = [axis.key for axis in ready.space.axes]
+    drawn = {"stopping": lambda path: pictures.stopping(trials, path), "cost": lambda path: pictures.cost(trials, path)}
+    for key in keys:
+        drawn[f"over-{key}"] = lambda path, key=key: pictures.score_over(trials, key, path)
+    if len(keys) > 1:
+        drawn["heat-map"] = lambda path: pictures.heat_map(trials, keys[0], keys[1], path)
+    for name, draw in drawn.items():
+        draw(folder.path / "pictures" / f"{name}.png")
+        spool.artifact(f"pictures/{name}.png", "pictures")
+
+
+def final(search: Search, best: Ranked, store: Store) -> int:
+    """Trains the best configuration longer, as a run of its own, which reads the test set at its end."""
+    values = best_config(search, best).model_dump()
+    values["run"] |= {"name": f"{search.run.name}-final"}
+    longer = {key: value * search.final_factor for key, value in values["train"].items() if key in ("steps", "epochs")}
+    values["train"] |= {"epochs": longer["epochs"], "steps": int(longer["steps"])}
+    text = to_toml(Config.model_validate(values), f"The best of the search '{search.run.name}', trained longer.")
+    store.write("final.toml", text)
+    print(f"training the best configuration {search.final_factor:g} times as long: {values['run']['name']}", flush=True)
+    local = store.local("final.toml") if store.is_local else None
+    if local is None:
+        local = RunFolder(store).path / "final.toml"
+        local.write_text(text)
+    return pretrain_main(["--config", os.fspath(local)])
+
+
+if __name__ == "__main__":
+    run_command(main)
