@@ -1,7 +1,8 @@
 """What a search has found so far: every report of every trial, one a line, in the search's folder.
 
     {"trial": "mask_ratio_0.75-s0-1f2e3d", "values": {"model.mask_ratio": 0.75}, "seed": 0, "step": 586, "score": 41.2,
-     "seconds": 61.3, "flops": 1.2e15, "state": "running", "time": 1795190000.1}
+     "probes": {"probe/linear_top1": 41.2, "probe/knn_top1": 33.0}, "seconds": 61.3, "flops": 1.2e15,
+     "state": "running", "time": 1795190000.1}
 
 A line without ``step`` tells only how a trial ended. A search that was killed reads its journal and goes on from there.
 """
@@ -64,7 +65,16 @@ class Journal:
         for line in self._lines:
             self._learn(json.loads(line))
 
-    def report(self, cell: Cell, step: int, score: float, seconds: float, flops: float, state: State) -> None:
+    def report(
+        self,
+        cell: Cell,
+        step: int,
+        score: float,
+        seconds: float,
+        flops: float,
+        state: State,
+        probes: Mapping[str, float],
+    ) -> None:
         """Notes a probe's score, and what is decided about the trial.
 
         Args:
@@ -74,8 +84,10 @@ class Journal:
             seconds: Of training and probing so far.
             flops: Of training so far.
             state: ``running`` where it goes on.
+            probes: All scores, by their names in the record.
         """
-        self._add(cell, state, {"step": step, "score": score, "seconds": seconds, "flops": flops})
+        told = {"step": step, "score": score, "probes": dict(probes), "seconds": seconds, "flops": flops}
+        self._add(cell, state, told)
 
     def begin(self, cell: Cell) -> None:
         """Notes that a trial has begun, or begins again."""
@@ -104,4 +116,5 @@ class Journal:
         if "step" in line:
             changes |= {key: line[key] for key in ("seconds", "flops")}
             changes["scores"] = (*trial.scores, (line["step"], line["score"]))
+            changes["probes"] = line.get("probes", {})
         self.trials[name] = dataclasses.replace(trial, **changes)

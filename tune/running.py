@@ -115,7 +115,7 @@ def _interruptible(ending: _Ending, sign: Any) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the search in order; a second one at once."""
 
     def handle(number: int, _: Any) -> None:
-        print("ending: --resume goes on from here", flush=True)
+        print("ending: what is known is kept, and can be gone on from", flush=True)
         ending.wanted = True
         sign.put_up.remote()
         signal.signal(number, before[signal.Signals(number)])

@@ -1,5 +1,6 @@
 """Which trials go on: Tune's schedulers, with every decision in the journal before the trial hears of it."""
 
+import json
 from typing import Any
 
 from ray.tune.experiment import Trial as TuneTrial
@@ -71,8 +72,8 @@ class JournalingScheduler(FIFOScheduler):
         self._inner.on_trial_remove(tune_controller, trial)
 
     def _note(self, trial: TuneTrial, result: dict[str, Any], state: Any) -> None:
-        cell = self._study.cell(trial.config)
-        self._journal.report(cell, result["step"], result[SCORE], result["seconds"], result["flops"], state)
+        cell, probes = self._study.cell(trial.config), json.loads(result["probes"])
+        self._journal.report(cell, result["step"], result[SCORE], result["seconds"], result["flops"], state, probes)
 
 
 def asha(reports: int, reduction: int) -> TrialScheduler:

@@ -28,8 +28,9 @@ from pipelines.pretrain import main as pretrain_main
 from pipelines.ray_session import connect
 from pipelines.spool import SPOOL_FILE, Spool, redact
 from pipelines.storage import Store
-from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send, start_follower
+from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri
 from pipelines.training.runfolder import RunFolder
+from tune import parent
 from tune.journal import Cell, Journal, shown
 from tune.space import Space, check_points, load_space, with_values
 from tune.trainable import StopSign, Study
@@ -97,12 +98,9 @@ def trial_config(search: Search, num_samples: int) -> Config:
         num_samples: Images of an epoch.
     """
     config = pretraining(search)
-    values = config.model_dump()
     epochs = total_steps(config, num_samples) * config.batch.global_size / num_samples
-    values["run"] |= {"storage": Store(config.run.storage).child(config.run.name).path("trials"), "init_from": ""}
-    values["probe"] |= {"test": "", "at_start": False, "every_epochs": epochs / search.reports}
-    values["log"] |= {"pictures": 0}
-    return Config.model_validate(values)
+    store = Store(config.run.storage).child(config.run.name)
+    return parent.trial_config(config, store, epochs / search.reports)
 
 
 def cells(search: Search, space: Space) -> list[Cell]:
@@ -138,14 +136,7 @@ def open_search(store: Store, search: Search, wanted: dict[str, Any]) -> None:
         return
     if not search.resume:
         raise UserError(f"search '{name}' exists: go on with it with --resume, or choose another --run.name")
-    found = json.loads(store.read("search.json"))
-    changed = [key for key in wanted | found if wanted.get(key) != found.get(key)]
-    if changed:
-        key = changed[0]  # the space comes first
-        raise UserError(
-            f"search '{name}' was begun with another {key}: {found.get(key)!r}, now {wanted.get(key)!r}; "
-            "choose another --run.name"
-        )
+    parent.refuse_change(store, "search.json", f"search '{name}'", wanted)
 
 
 def table(ranked: Sequence[Ranked], objective: str) -> str:
@@ -167,8 +158,7 @@ def table(ranked: Sequence[Ranked], objective: str) -> str:
                 one.state,
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return "\n".join("  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
+    return parent.aligned(rows)
 
 
 def best_config(search: Search, best: Ranked) -> Config:
@@ -277,7 +267,7 @@ def _run(ready: _Ready, store: Store) -> tuple[bool, list[Ranked]]:
     if search.retry_failed:
         journal.forget_failed()
     uri = resolve_tracking_uri(search.run.storage)
-    parent = create_run(folder.path, describe(search, space, ready.images), tracking_uri=uri)
+    run_id = create_run(folder.path, describe(search, space, ready.images), tracking_uri=uri)
     folder.push()
     steps = total_steps(config, ready.images.train.num_samples)
     known = f"; {len(journal.trials)} are known already" if journal.trials else ""
@@ -290,15 +280,12 @@ def _run(ready: _Ready, store: Store) -> tuple[bool, list[Ranked]]:
         OBJECTIVES[search.objective],
         search.run.name,
         redact(uri),
-        parent,
+        run_id,
         store.is_local,
         dict(journal.trials),
         StopSign.remote(),  # type: ignore[attr-defined]
     )
-    spool = Spool(folder.path)
-    spool.status("RUNNING")
-    follower = start_follower(folder.path) if store.is_local else None
-    try:
+    with parent.own_record(folder, store.is_local) as spool:
         ended = run_trials(
             study,
             journal,
@@ -322,13 +309,6 @@ def _run(ready: _Ready, store: Store) -> tuple[bool, list[Ranked]]:
                 if trial.state == "running" and place.is_local and place.exists(SPOOL_FILE):
                     Spool(place.local()).status("KILLED")
         spool.status("FINISHED" if ended else "KILLED")
-    finally:
-        spool.close()
-        if follower:
-            follower.stop(timeout_s=30.0)
-        else:
-            send(folder.path, timeout_s=30.0)
-        folder.push()
     return ended, ranked
 
 

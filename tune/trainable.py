@@ -1,5 +1,6 @@
 """A trial: an ordinary pretraining run, with Ray Train inside, whose probes Ray Tune sees."""
 
+import json
 import threading
 import time
 from collections.abc import Mapping
@@ -150,7 +151,9 @@ class PretrainingTrial(ray.tune.Trainable):
                     continue
                 if step == run.steps:
                     run.finish()
-                return self._told(step, scores[self._study.objective]) | {"done": step == run.steps}
+                told = self._told(step, scores[self._study.objective])
+                # As text: of a last result Tune makes one flat dictionary.
+                return told | {"probes": json.dumps(scores), "done": step == run.steps}
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._cell = self._study.cell(config)

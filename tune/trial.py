@@ -1,8 +1,8 @@
 """What the trials of a search came to: configurations over seeds, their ranks, and what they cost."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from pipelines.training.scores import interval
@@ -25,6 +25,7 @@ class Trial:
         seconds: Of training and probing.
         flops: Of its training so far.
         reason: Why it failed.
+        probes: All scores of the last report, by their names in the record.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Trial:
     seconds: float
     flops: float
     reason: str = ""
+    probes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def score(self) -> float | None:

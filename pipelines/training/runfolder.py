@@ -7,7 +7,10 @@ from typing import Any
 
 from pipelines.storage import Store
 
-_FILES = ("run.json", "config.json", "metrics.jsonl", "sent.json", "skipped.jsonl", "result.json", "sync.log")
+_FILES = (
+    "run.json", "config.json", "metrics.jsonl", "sent.json", "skipped.jsonl", "result.json", "sync.log",
+    "table.txt", "best.toml",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -51,5 +54,5 @@ class RunFolder:
             return
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
-            if path.is_file() and (name in _FILES or name.startswith("pictures/")):
+            if path.is_file() and (name in _FILES or name.startswith(("pictures/", "tables/"))):
                 self._store.write(name, path.read_bytes())

@@ -1,0 +1,78 @@
+"""What stands above trials, of a search as of an ablation: one definition for a folder, and a record of its own."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pipelines.config import Config
+from pipelines.errors import UserError
+from pipelines.spool import Spool
+from pipelines.storage import Store
+from pipelines.tracking import send, start_follower
+from pipelines.training.runfolder import RunFolder
+
+
+def trial_config(config: Config, store: Store, every_epochs: float) -> Config:
+    """What a trial has where nothing else is said: a place of its own, no test data, no pictures.
+
+    Args:
+        config: The user's, resolved.
+        store: The folder above the trials.
+        every_epochs: Epochs between probes; 0: one, at the end.
+    """
+    values = config.model_dump()
+    values["run"] |= {"storage": store.path("trials")}
+    values["probe"] |= {"test": "", "at_start": False, "every_epochs": every_epochs}
+    values["log"] |= {"pictures": 0}
+    return Config.model_validate(values)
+
+
+def refuse_change(store: Store, file: str, who: str, wanted: Mapping[str, Any]) -> None:
+    """Holds a definition against that with which a folder was begun.
+
+    Args:
+        store: The folder.
+        file: Its definition.
+        who: As an error names it.
+        wanted: The definition now, the most telling key first.
+
+    Raises:
+        UserError: It is another.
+    """
+    found = json.loads(store.read(file))
+    changed = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{who} was begun with another {key}: {found.get(key)!r}, now {wanted.get(key)!r}; "
+            "choose another --run.name"
+        )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows under a head, in columns of a terminal, flush right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
+
+
+@contextmanager
+def own_record(folder: RunFolder, followed: bool) -> Iterator[Spool]:
+    """The record above the trials, whose MLflow run is there; sent when the block ends, however it does.
+
+    Args:
+        folder: Its small files.
+        followed: Whether a process of its own sends it, and that of the trials, meanwhile.
+    """
+    spool = Spool(folder.path)
+    spool.status("RUNNING")
+    follower = start_follower(folder.path) if followed else None
+    try:
+        yield spool
+    finally:
+        spool.close()
+        if follower:
+            follower.stop(timeout_s=30.0)
+        else:
+            send(folder.path, timeout_s=30.0)
+        folder.push()
