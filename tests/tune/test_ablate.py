@@ -31,6 +31,7 @@ def command(shards, tmp_path):
     return write
 
 
+@pytest.mark.chaos  # for its minute alone
 def test_a_cell_is_trained_once_whichever_tables_have_it(command, tmp_path, capfd):
     from mlflow import MlflowClient
 
