@@ -1,6 +1,9 @@
 """Who may import whom: tune -> pipelines -> mae_core; in pipelines: jobs -> training, data, tracking -> config."""
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,3 +80,13 @@ def test_packages_list_every_room():
         for path in (ROOT / room).rglob("__init__.py")
     }
     assert sorted(listed) == sorted(found)
+
+
+@pytest.mark.parametrize("room", ["pipelines", "tune"])
+def test_a_room_on_ray_sets_what_ray_reads_before_it_is_imported(room):
+    # Else a first run on a machine without Ray's token file does not come up.
+    told = "import sys, os, {}; print('ray' in sys.modules, 'RAY_AUTH_TOKEN' in os.environ)"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"HOME": "/nowhere"}
+    command = [sys.executable, "-c", told.format(room)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
