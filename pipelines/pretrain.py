@@ -32,7 +32,7 @@ from pipelines.storage import Store, absolute
 from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send
 from pipelines.training import checkpoint
 from pipelines.training.build import check_initial_weights, check_model
-from pipelines.training.launch import check_resources, run_workers
+from pipelines.training.launch import check_resources, run_here, run_workers
 from pipelines.training.loop import Job, train_worker
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.unreadable import told
@@ -165,7 +165,9 @@ def describe(config: Config, images: Images, parent_run_id: str | None = None) -
     )
 
 
-def pretrain(config: Config, images: Images, folder: RunFolder, console: Any, **options: bool) -> None:
+def pretrain(
+    config: Config, images: Images, folder: RunFolder, console: Any, *, here: bool = False, **options: bool
+) -> None:
     """Runs the workers to the run's end; its MLflow run and its folder are there.
 
     Args:
@@ -173,6 +175,7 @@ def pretrain(config: Config, images: Images, folder: RunFolder, console: Any, **
         images: The data sets.
         folder: The run's small files.
         console: Where the workers tell.
+        here: Whether the only worker is this process.
         options: Those of ``Job``.
 
     Raises:
@@ -183,7 +186,10 @@ def pretrain(config: Config, images: Images, folder: RunFolder, console: Any, **
     error = ""
     try:
         job = Job(config, images.train, images.labelled, images.test, console, **options)
-        run_workers(lambda: train_worker(job), config.scale, store)
+        if here:
+            run_here(lambda: train_worker(job), config.scale)
+        else:
+            run_workers(lambda: train_worker(job), config.scale, store)
     except ray.train.TrainingFailedError as failed:
         error = str(failed)
     failure = ray.get(console.failure.remote())

@@ -193,10 +193,7 @@ def run_trials(
     # It warns of the files that are left out, and shows failures whole: the journal has their reasons.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     ending = _Ending()
-    # Beside the head: a trial's own process only waits. It must claim something, and no CPU that its run needs.
-    trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(PretrainingTrial, study=study), {"node:__internal_head__": 0.001}
-    )
+    trainable = ray.tune.with_resources(ray.tune.with_parameters(PretrainingTrial, study=study), study.resources)
     tuner = ray.tune.Tuner(
         trainable,
         param_space=param_space,
@@ -216,7 +213,8 @@ def run_trials(
             verbose=0,
             stop=ending,
             callbacks=[_Progress(journal, study, planned, learned)],
-            failure_config=ray.tune.FailureConfig(max_failures=0),
+            # Of a trial's own process: it goes on from the run's last checkpoint.
+            failure_config=ray.tune.FailureConfig(max_failures=study.config.scale.max_failures),
             # The runs keep their own.
             checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
         ),

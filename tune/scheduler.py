@@ -27,20 +27,23 @@ class JournalingScheduler(FIFOScheduler):
     def __init__(self, inner: TrialScheduler, journal: Journal, study: Study):
         super().__init__()
         self._inner, self._journal, self._study = inner, journal, study
+        self._died: dict[str, float] = {}  # seconds that a trial had taken when its process died
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Passed on."""
         return self._inner.set_search_properties(metric, mode, **spec)
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """Notes that the trial has begun."""
+        """Notes that the trial has begun, or begins again because its process has died."""
         cell = self._study.cell(trial.config)
-        if cell.name not in self._journal.trials:
+        if cell.name not in self._journal.trials or cell.name in self._died:
             self._journal.begin(cell)
         self._inner.on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Decides, and writes it down."""
+        if not result["replayed"] and self._is_known(trial, result):
+            return TrialScheduler.CONTINUE
         decision = self._inner.on_trial_result(tune_controller, trial, result)
         if result["replayed"]:
             return TrialScheduler.STOP if result["stopped"] else TrialScheduler.CONTINUE
@@ -59,21 +62,32 @@ class JournalingScheduler(FIFOScheduler):
             self._inner.on_trial_error(tune_controller, trial)
             return
         self._inner.on_trial_complete(tune_controller, trial, result)
-        if known.state == "running" and not result["replayed"]:
+        if known.state == "running" and not result["replayed"] and not self._is_known(trial, result):
             self._note(trial, result, "finished")
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """Notes that a trial's own process has died: what its run fails with comes as a result."""
-        self._journal.fail(self._study.cell(trial.config), "its process died")
+        """Notes that a trial's own process has died: what its run fails with comes as a result.
+
+        Tune may begin it again; then it is added once more.
+        """
+        cell = self._study.cell(trial.config)
+        self._died[cell.name] = self._journal.trials[cell.name].seconds
+        self._journal.fail(cell, "its process died")
         self._inner.on_trial_error(tune_controller, trial)
 
     def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Passed on."""
         self._inner.on_trial_remove(tune_controller, trial)
 
+    def _is_known(self, trial: TuneTrial, result: dict[str, Any]) -> bool:
+        """Whether a probe is done again, from a checkpoint before it."""
+        scores = self._journal.trials[self._study.cell(trial.config).name].scores
+        return "step" in result and bool(scores) and result["step"] <= scores[-1][0]
+
     def _note(self, trial: TuneTrial, result: dict[str, Any], state: Any) -> None:
         cell, probes = self._study.cell(trial.config), json.loads(result["probes"])
-        self._journal.report(cell, result["step"], result[SCORE], result["seconds"], result["flops"], state, probes)
+        seconds = self._died.get(cell.name, 0.0) + result["seconds"]
+        self._journal.report(cell, result["step"], result[SCORE], seconds, result["flops"], state, probes)
 
 
 def asha(reports: int, reduction: int) -> TrialScheduler:

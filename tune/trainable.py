@@ -59,6 +59,20 @@ class Study:
     past: Mapping[str, Trial]
     stop: Any
 
+    @property
+    def here(self) -> bool:
+        """Whether a trial's only worker is Tune's own process of the trial, which stays for the next one."""
+        return self.config.scale.workers == 1
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Tune's process of a trial claims."""
+        if not self.here:
+            # Beside the head: it only waits. It must claim something, and no CPU that its run needs.
+            return {"node:__internal_head__": 0.001}
+        scale = self.config.scale
+        return {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpu else {})}
+
     def cell(self, config: Mapping[str, Any]) -> Cell:
         """The trial that a configuration of Tune means: a listed one, or a sampler's values."""
         if CELL in config:
@@ -128,6 +142,8 @@ class PretrainingTrial(ray.tune.Trainable):
             return {"done": True, "failed": lines[-1] if lines else type(error).__name__}
 
     def _report(self) -> dict[str, Any]:
+        if self._broken:
+            raise self._broken
         if self._past:
             step, score = self._past.pop(0)
             # How it had ended, which it has at its last report.
@@ -156,6 +172,14 @@ class PretrainingTrial(ray.tune.Trainable):
                 return told | {"probes": json.dumps(scores), "done": step == run.steps}
 
     def _begin(self, config: dict[str, Any]) -> None:
+        # Raised here, it would count as a death of this process, and be tried again.
+        self._broken: Exception | None = None
+        try:
+            self._open(config)
+        except Exception as error:
+            self._run, self._broken = None, error
+
+    def _open(self, config: dict[str, Any]) -> None:
         self._cell = self._study.cell(config)
         self._config = self._study.run_config(self._cell)
         self._steps = total_steps(self._config, self._study.images.train.num_samples)
@@ -247,6 +271,7 @@ class _Run:
             tags = {**told.tags, "mae.kind": "trial", "mae.search": study.search}
             write_record(folder.path, told.model_copy(update={"tags": tags}), tracking_uri=study.tracking_uri)
             folder.push()
-            pretrain(config, study.images, folder, self._console, judged=True, followed=study.followed)
+            options = {"judged": True, "followed": study.followed, "here": study.here}
+            pretrain(config, study.images, folder, self._console, **options)
         except BaseException as error:
             self._error = error

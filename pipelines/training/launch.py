@@ -1,5 +1,6 @@
 """Starts a run's workers, where there is room for them."""
 
+import itertools
 import os
 from collections.abc import Callable
 
@@ -66,6 +67,33 @@ def _check_room_for_reading(scale: Scale, reading: float) -> None:
                 f"{scale.cpus_per_worker:g} CPUs each do not leave data.cpus_per_task, {reading:g}, of the {cpus:g} "
                 f"CPUs of {node['NodeManagerAddress']}; set scale.cpus_per_worker to {max(0.0, share):g}"
             )
+
+
+def run_here(worker: Callable[[], None], scale: Scale) -> None:
+    """Runs a run's only worker in this process (Ray Train's local mode), which holds what the worker needs.
+
+    No process has to start and to import PyTorch, but nobody replaces this one if it is lost.
+
+    Args:
+        worker: What it does.
+        scale: How often it is tried again.
+
+    Raises:
+        ray.train.TrainingFailedError: It failed for good.
+    """
+    trainer = ray.train.torch.TorchTrainer(
+        worker,
+        scaling_config=ray.train.ScalingConfig(num_workers=0, use_gpu=scale.gpu),
+        run_config=ray.train.RunConfig(name="ray-train"),
+    )
+    for failures in itertools.count(1):
+        try:
+            trainer.fit()
+            return
+        except Exception as error:
+            # Whatever it is, as where the worker is a process of its own.
+            if failures > scale.max_failures:
+                raise ray.train.WorkerGroupError(f"{type(error).__name__}: {error}", {0: error}) from error
 
 
 def run_workers(worker: Callable[[], None], scale: Scale, store: Store) -> None:
