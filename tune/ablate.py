@@ -48,6 +48,8 @@ class Ablation(Config):
     table: Literal["", "1a", "1b", "1c", "1d", "1e", "1f", "fig5", "fig7", "fig9", "table2"] = ""
     """1a, 1b: decoder depth, width; 1c: mask tokens in the encoder; 1d: target; 1e: augmentation; 1f: mask; fig5: mask
     ratio; fig7: schedule; fig9: partial fine-tuning, by pipelines.transfer; table2: seconds a step."""
+    rows: tuple[str, ...] = ()
+    """Some of the table's rows, by what the table calls them ("50 %" "75 %"); empty: all."""
     seeds: int = Field(default=1, ge=1)
     """Trainings of each cell; with several, claims are decided by the interval of a difference."""
     concurrent: int = Field(default=0, ge=0)
@@ -146,7 +148,8 @@ def prepare(ablation: Ablation) -> _Ready:
     if ablation.transfer and not Path(ablation.transfer).is_file():
         raise UserError(f"no transfer file '{ablation.transfer}'")
     config = parent.trial_config(pretraining(ablation), _store(ablation), 0.0)
-    return _Ready(ablation, Images(train, labelled, test), config, tables.fitting(ablation.table, config))
+    rows = tables.chosen(tables.fitting(ablation.table, config), ablation.rows)
+    return _Ready(ablation, Images(train, labelled, test), config, rows)
 
 
 def definition(ready: _Ready) -> dict[str, Any]:
@@ -290,7 +293,8 @@ def _publish(ready: _Ready, measured: Sequence[Measured]) -> None:
     score = "partially tuned" if ablation.table == "fig9" else "linear"
     rows = sections.lines(measured, score)
     by_label = {one.row.label: one.scores for one in measured}
-    said = sections.said([judge(claim, by_label) for claim in table.claims], table.unjudged)
+    claims = [claim.among(by_label) for claim in table.claims] if ablation.rows else table.claims
+    said = sections.said([judge(claim, by_label) for claim in claims], table.unjudged)
     said += [f"{one.row.label}: failed: {one.failed}" for one in measured if one.failed]
     labelled = ready.images.labelled
     assert labelled is not None

@@ -4,8 +4,8 @@ The paper's numbers are of ViT-L/16 on ImageNet-1K, 800 epochs: top-1 in percent
 table 2 is in ``tune.timing``.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,11 @@ class Claim:
     text: str
     pairs: tuple[tuple[str, str], ...]
     margin: float = 0.0
+
+    def among(self, labels: Collection[str]) -> "Claim":
+        """What of the claim is about these rows alone; all of it where nothing is."""
+        kept = tuple(pair for pair in self.pairs if set(pair) <= set(labels))
+        return replace(self, pairs=kept, text=f"{self.text}, of these rows") if kept and kept != self.pairs else self
 
 
 @dataclass(frozen=True)
@@ -302,3 +307,20 @@ def fitting(name: str, config: Config) -> list[Row]:
         except UserError as error:
             found.append(Row(row.label, None, row.finetune, row.linear, row.flops, f"left out: {error}"))
     return found
+
+
+def chosen(rows: Sequence[Row], labels: Sequence[str]) -> list[Row]:
+    """Those of a table's rows that are asked for, in the table's order.
+
+    Args:
+        rows: All of the table.
+        labels: What is asked for; empty: all.
+
+    Raises:
+        UserError: The table has no such row.
+    """
+    known = [row.label for row in rows]
+    for label in labels:
+        if label not in known:
+            raise UserError(f"rows: the table has no row '{label}'; its rows are {', '.join(map(repr, known))}")
+    return [row for row in rows if not labels or row.label in labels]

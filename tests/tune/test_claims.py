@@ -54,3 +54,13 @@ def test_a_margin_lets_the_better_one_be_behind():
     claim = Claim("b gains less than a point", (("a", "b"),), 1.0)
     assert judge(claim, {"a": seeds(70, 71, 72), "b": seeds(70.4, 71.5, 72.4)}).verdict == "holds"
     assert judge(claim, {"a": seeds(70, 71, 72), "b": seeds(72.4, 73.5, 74.4)}).verdict == "does not hold"
+
+
+def test_of_some_rows_a_claim_says_what_they_can_say():
+    claim = Claim("a is best", (("a", "b"), ("a", "c")))
+    found = claim.among(["a", "c", "d"])
+    assert found.pairs == (("a", "c"),)
+    assert found.text == "a is best, of these rows"
+    assert claim.among(["c", "b", "a"]) is claim
+    # Nothing of it: judged as it stands, it says what is missing.
+    assert judge(claim.among(["b", "c"]), {"b": seeds(1), "c": seeds(2)}).detail == "no score of a"
