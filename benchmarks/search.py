@@ -44,8 +44,10 @@ class Search(BaseModel):
     """What varies."""
     samples: int = Field(default=16, ge=2)
     """Configurations."""
-    reduction: int = Field(default=2, ge=2)
-    """ASHA's."""
+    reduction: int = Field(default=4, ge=2)
+    """ASHA's; 4 is that of its paper."""
+    probe_samples: int = Field(default=2000, ge=10)
+    """Images of a probe, of which half are for its score."""
     epochs: float = Field(default=1.0, gt=0)
     """Of a whole trial."""
     storage: str = ""
@@ -107,6 +109,7 @@ def costs(folder: Path, images_a_step: int) -> list[Cost]:
 def _search(args: Search, arm: str, storage: Path) -> dict[str, Any]:
     where = ["--run.storage", str(storage), "--run.name", arm, "--data.train", args.data, "--probe.train", args.data]
     asked = ["--samples", str(args.samples), "--train.epochs", str(args.epochs), "--reduction", str(args.reduction)]
+    asked += ["--probe.samples", str(args.probe_samples), "--probe.val-share", "0.5"]
     command = [sys.executable, "-m", "tune.search", "--config", args.config, "--space", args.space]
     began = time.perf_counter()
     subprocess.run([*command, *where, *asked, "--scheduler", arm], check=True)
