@@ -40,7 +40,7 @@ class Search(BaseModel):
     """Labelled shards."""
     config: str = "pipelines/recipes/cifar10_search.toml"
     """Recipe of the trials."""
-    space: str = "tune/spaces/mask_ratio_decoder_width.toml"
+    space: str = "tune/spaces/mask_ratio_narrow_decoder.toml"
     """What varies."""
     samples: int = Field(default=16, ge=2)
     """Configurations."""
