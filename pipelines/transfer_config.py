@@ -42,7 +42,7 @@ class TransferData(Section):
     train: str = ""
     """Labelled shards to learn from."""
     test: str = ""
-    """Labelled shards that are read once, at the end."""
+    """Labelled shards to score on, when all that is chosen has been chosen."""
     name: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
     """The data set's name in the record; empty: of the folder that holds data.train."""
     num_classes: int = Field(default=0, ge=0, le=255)

@@ -17,7 +17,7 @@ from pipelines.data.shards import Manifest
 from pipelines.runs import final_step
 from pipelines.spool import Spool
 from pipelines.storage import Store
-from pipelines.tracking import RunDescription, RunRecord, send
+from pipelines.tracking import RUN_FILE, RunDescription, RunRecord, send
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.scores import read_scored, summarise
 from pipelines.transfer_config import Transfer
@@ -29,7 +29,7 @@ _MOST_TOLD = 3
 
 def describe(unit: Transfer, data: tuple[Manifest, Manifest], parent: Store | None) -> RunDescription:
     """What MLflow is told: a child of the pretraining run. Of which seeds it is, ``finish`` tells."""
-    record = RunRecord.read(RunFolder(parent).path) if parent is not None and parent.exists("run.json") else None
+    record = RunRecord.read(RunFolder(parent).path) if parent is not None and parent.exists(RUN_FILE) else None
     return RunDescription(
         experiment=record.experiment if record else unit.experiment,
         name=f"{unit.run or Path(unit.weights).stem} {dataset_name(unit)} {score_name(unit)}",
@@ -136,7 +136,9 @@ def note_missing(parent: Store) -> list[str]:
     stores = [store for store in stores if "key" in json.loads(store.read(_RESULT))]
     last = final_step(parent)
     if last is None:
-        return ["the run has not finished: the scores of its transfers are noted on it then"] if stores else []
+        # Above the transfers of a file of weights there is no run.
+        waiting = stores and parent.exists(RUN_FILE)
+        return ["the run has not finished: the scores of its transfers are noted on it then"] if waiting else []
     folder = RunFolder(parent)
     newest: dict[str, Store] = {}
     for store in sorted(stores, key=_time):
