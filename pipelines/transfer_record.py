@@ -165,7 +165,9 @@ def _note(folder: RunFolder, store: Store) -> str:
     spool.tags({_tag(key): name})
     spool.close()
     told = f"{key} is {value:.2f} % on the pretraining run now"
-    return f"{told}, instead of {old:.2f} %{_of_whom(store, by)}" if by not in ("", name) else told
+    if old is None or by == name:
+        return told
+    return f"{told}, instead of {old:.2f} %{_of_whom(store, by) if by else ''}"
 
 
 def _standing(folder: RunFolder, key: str) -> tuple[float | None, str]:

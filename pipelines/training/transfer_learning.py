@@ -117,8 +117,10 @@ class Learning:
             The ``base_lr``, the ``seed`` that it was chosen with, what was ``tried``; None where there is no choice.
         """
         worker, rates = self.worker, self.worker.transfer.train.base_lrs
-        if not rates or (kept := self._kept(_read, worker.job.store, _CHOSEN)):
-            return kept if rates else None
+        if not rates:
+            return None
+        if kept := self._kept(_read, worker.job.store, _CHOSEN):
+            return kept
         seed = worker.transfer.seeds[0]
         candidates = [self._candidate(seed, lr) for lr in rates]
         scores = [self.validate(training) for training in candidates]
