@@ -102,7 +102,7 @@ class Classifier(nn.Module):
         projection = self.encoder.patch_embed.proj.weight
         linear = make_linear(self.width, num_classes, std=0.01 if head == "batchnorm" else 2e-5, seed=seed)
         if head == "batchnorm":
-            self.head = nn.Sequential(BatchNorm(self.width), linear)
+            self.head = ProbeHead(BatchNorm(self.width), linear)
         else:
             self.head = linear
         self.head.to(projection.device, projection.dtype)
@@ -147,9 +147,15 @@ class Classifier(nn.Module):
         """What the head sees: ``encode`` pooled to [B, D], over the visible patches alone where it is the mean."""
         return pooled(self.encode(images_BCHW, keep_BK), self.class_tokens, self.pool)
 
-    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Classifies whole images, given as to ``encode``; returns ``logits_BC``."""
-        return self.head(self.features(images_BCHW))
+    def forward(self, images_BCHW: torch.Tensor, counts_B: torch.Tensor | None = None) -> torch.Tensor:
+        """Classifies whole images, given as to ``encode``; returns ``logits_BC``.
+
+        Args:
+            images_BCHW: The images.
+            counts_B: Which of them are images at all, for the statistics of a head's BatchNorm; None: all.
+        """
+        features_BD = self.features(images_BCHW)
+        return self.head(features_BD, counts_B) if isinstance(self.head, ProbeHead) else self.head(features_BD)
 
     def train(self, mode: bool = True) -> "Classifier":
         """As ``nn.Module.train``, but what is frozen stays in evaluation mode: no drop path there."""
@@ -184,35 +190,55 @@ class Classifier(nn.Module):
 class BatchNorm(nn.BatchNorm1d):
     """BatchNorm of features [B, D] without affine parameters, in training over the batches of all workers together.
 
-    torch's ``SyncBatchNorm`` does so on GPUs alone. Here every worker of the default process group must come with
-    equally many rows, of a frozen encoder: no gradient goes through. Without a process group it is
-    ``nn.BatchNorm1d``, with its state dict.
+    torch's ``SyncBatchNorm`` does so on GPUs alone. Its rows are those of a frozen encoder: no gradient goes through.
+    Rows that only fill up a batch are normalised, and left out of the statistics. Without such and without a process
+    group it is ``nn.BatchNorm1d``, with its state dict.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__(width, affine=False, eps=1e-6)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalises features, in their own dtype."""
-        world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if not self.training or world_size == 1:
+    def forward(self, input: torch.Tensor, counts_B: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalises features, in their own dtype.
+
+        Args:
+            input: [B, D].
+            counts_B: bool, which rows the statistics are of; None: all.
+        """
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not self.training or (counts_B is None and not together):
             return super().forward(input)
         assert not input.requires_grad, "no gradient goes through the statistics of other workers"
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
-        features_BD, rows = input.float(), world_size * len(input)
-        mean_D = features_BD.sum(dim=0)
-        dist.all_reduce(mean_D)
-        mean_D /= rows
+        features_BD = input.float()
+        counts_B1 = features_BD.new_ones(len(input), 1) if counts_B is None else counts_B[:, None].float()
+        # The last column becomes the number of rows.
+        sums = torch.cat([features_BD * counts_B1, counts_B1], dim=1).sum(dim=0)
+        if together:
+            dist.all_reduce(sums)
+        rows = sums[-1].clamp(min=1)
+        mean_D = sums[:-1] / rows
         # Around the common mean: a difference of second moments would cancel.
-        squares_D = (features_BD - mean_D).square().sum(dim=0)
-        dist.all_reduce(squares_D)
-        self.running_mean.lerp_(mean_D, self.momentum)
-        self.running_var.lerp_(squares_D / (rows - 1), self.momentum)
+        squares_D = ((features_BD - mean_D).square() * counts_B1).sum(dim=0)
+        if together:
+            dist.all_reduce(squares_D)
+        # Without a row there is nothing to remember, and of a single one no variance.
+        self.running_mean.lerp_(mean_D, self.momentum * (sums[-1] > 0))
+        self.running_var.lerp_(squares_D / (rows - 1).clamp(min=1), self.momentum * (sums[-1] > 1))
         self.num_batches_tracked += 1
         return ((features_BD - mean_D) * (squares_D / rows + self.eps).rsqrt()).to(input.dtype)
+
+
+class ProbeHead(nn.Sequential):
+    """A BatchNorm and a linear classifier."""
+
+    def forward(self, input: torch.Tensor, counts_B: torch.Tensor | None = None) -> torch.Tensor:
+        """Classifies features [B, D]; ``counts_B`` as ``BatchNorm`` takes it."""
+        norm, linear = self
+        return linear(norm(input, counts_B))
 
 
 def make_linear(width: int, num_classes: int, *, std: float, seed: int) -> nn.Linear:

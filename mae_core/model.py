@@ -5,6 +5,7 @@ patch, D encoder width, E decoder width, S class tokens (1, unless asked for mor
 the patches.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import timm
@@ -47,8 +48,8 @@ class MaskedAutoencoder(nn.Module):
     ``encoder`` is a plain timm model (its keys in the state dict are timm's, behind ``encoder.``); the
     decoder's keys are those of the official checkpoints. Attributes for callers: ``image_size``,
     ``patch_size``, ``channels``, ``grid_size``, ``num_patches`` (N), ``num_keep`` (K), ``width`` (D),
-    ``num_heads``, ``class_tokens`` (S), ``decoder_heads``, ``masking``, ``target``, and ``options``: the arguments from
-    ``class_tokens`` on.
+    ``num_heads``, ``class_tokens`` (S), ``decoder_heads``, ``masking``, ``target``, ``mean``, ``std``, and ``options``:
+    the arguments from ``class_tokens`` to ``loss_on``.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class MaskedAutoencoder(nn.Module):
         target: str = "raw",
         target_components: int = 96,
         loss_on: Literal["masked", "all"] = "masked",
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
         seed: int = 0,
     ) -> None:
         """Builds and initialises the model on the current default device (on ``meta``: shapes alone).
@@ -100,6 +103,9 @@ class MaskedAutoencoder(nn.Module):
             target: What is predicted, by its name in ``targets.TARGETS``.
             target_components: Principal components of a patch, for the target of that kind.
             loss_on: The masked patches, or all of them.
+            mean: By which each channel of its images is normalised before they come here, of values in 0..1; its
+                files say so. Empty: not known.
+            std: As mean.
             seed: Of the initial weights.
 
         Raises:
@@ -111,6 +117,7 @@ class MaskedAutoencoder(nn.Module):
         self.image_size = (H, W)
         self.patch_size: int = vit.patch_embed.patch_size[0] if patch_size is None else patch_size
         self.channels = channels
+        self.mean, self.std = tuple(mean), tuple(std)
         self.width: int = vit.embed_dim if width is None else width
         self.num_heads: int = vit.blocks[0].attn.num_heads if num_heads is None else num_heads
         self.class_tokens = class_tokens

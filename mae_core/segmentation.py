@@ -31,12 +31,15 @@ class PatchHead(nn.Module):
         self.norm = BatchNorm(width)
         self.linear = make_linear(width, num_classes, std=0.01, seed=seed)
 
-    def forward(self, patches_BND: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def forward(
+        self, patches_BND: torch.Tensor, size: tuple[int, int], counts_B: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Classifies the pixels of masks.
 
         Args:
             patches_BND: All patch tokens row by row, without the class token.
             size: (H, W) of the masks.
+            counts_B: Which images' patches the statistics of the BatchNorm are of; None: all.
 
         Returns:
             ``logits_BCHW``, upsampled bilinearly.
@@ -48,7 +51,8 @@ class PatchHead(nn.Module):
         h, w = self.grid_size
         if h * w != N:
             raise ValueError(f"{N} tokens for a grid of {h}x{w} patches: give all patches, without the class token")
-        logits = self.linear(self.norm(patches_BND.flatten(0, 1)))  # [B * N, C]
+        counts = None if counts_B is None else counts_B.repeat_interleave(N)
+        logits = self.linear(self.norm(patches_BND.flatten(0, 1), counts))  # [B * N, C]
         logits_BChw = logits.view(B, h, w, -1).permute(0, 3, 1, 2)
         return nn.functional.interpolate(logits_BChw, size=size, mode="bilinear", align_corners=False)
 
@@ -81,9 +85,9 @@ class Segmenter(Classifier):
         self.head.to(projection.device, projection.dtype)
         freeze(self, 0)
 
-    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Classifies every pixel of images, given as to ``encode``; returns ``logits_BCHW`` of C classes."""
-        return self.head(self.encode(images_BCHW)[:, self.class_tokens :], self.image_size)
+    def forward(self, images_BCHW: torch.Tensor, counts_B: torch.Tensor | None = None) -> torch.Tensor:
+        """Classifies every pixel of images, both given as to ``Classifier``; returns ``logits_BCHW`` of C classes."""
+        return self.head(self.encode(images_BCHW)[:, self.class_tokens :], self.image_size, counts_B)
 
 
 def segmentation_flops(segmenter: Segmenter) -> int:

@@ -45,7 +45,7 @@ def encoder_state(model: MaskedAutoencoder) -> dict[str, torch.Tensor]:
 def save(model: MaskedAutoencoder, path: str | Path) -> None:
     """Writes the whole model as safetensors in the official layout, whole or not at all.
 
-    What no tensor's shape tells (heads, a non-square image size) stands in the file's metadata.
+    What no tensor's shape tells (heads, a non-square image size, the images' normalisation) stands in the metadata.
 
     Args:
         model: The model.
@@ -68,6 +68,8 @@ def file_metadata(model: MaskedAutoencoder) -> dict[str, str]:
         "num_heads": model.num_heads,
         "decoder_num_heads": model.decoder_heads,
         "image_size": list(model.image_size),
+        "mean": list(model.mean),
+        "std": list(model.std),
     }
     return {"format": "pt", _SHAPES: json.dumps(unseen)}
 
@@ -95,7 +97,7 @@ def load_state(model: MaskedAutoencoder, state: dict[str, torch.Tensor]) -> None
         raise ValueError(" ".join(str(error).splitlines()[1:2]).strip()) from error
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int | list[int]]]:
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A checkpoint's tensors and, where ``save`` wrote it, what their shapes do not tell."""
     try:
         if path.suffix == ".safetensors":
@@ -124,9 +126,9 @@ def has_decoder(state: dict[str, torch.Tensor]) -> bool:
 
 
 def encoder_sizes(
-    state: dict[str, torch.Tensor], known: dict[str, int | list[int]], num_heads: int | None, path: Path
+    state: dict[str, torch.Tensor], known: dict[str, Any], num_heads: int | None, path: Path
 ) -> dict[str, Any]:
-    """The encoder's sizes as ``MaskedAutoencoder`` takes them, from its tensors' shapes.
+    """The encoder's sizes as ``MaskedAutoencoder`` takes them, from its tensors' shapes, and its normalisation.
 
     Args:
         state: Holds the encoder under timm's keys.
@@ -153,6 +155,8 @@ def encoder_sizes(
         "num_heads": num_heads,
         "mlp_ratio": _mlp_ratio(state, width),
         "class_tokens": class_tokens,
+        "mean": tuple(known.get("mean", ())),
+        "std": tuple(known.get("std", ())),
     }
 
 

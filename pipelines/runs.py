@@ -1,13 +1,14 @@
 """Runs that are there already: their folder, their configuration, and the encoder that they have come to."""
 
 import difflib
+import json
 import re
 from collections.abc import Callable
 
 import pydantic
 
 from mae_core.model import MaskedAutoencoder
-from pipelines.config import Config
+from pipelines.config import Config, identity_hash
 from pipelines.errors import UserError
 from pipelines.storage import Store, absolute
 from pipelines.training import checkpoint
@@ -59,6 +60,19 @@ def run_config(store: Store) -> Config:
         where = ".".join(str(part) for part in first["loc"])
         told = f"{where}: {first['msg']}" if where else first["msg"]
         raise UserError(f"{store.shown(CONFIG)} is no configuration of this version: {told}") from None
+
+
+def final_step(store: Store) -> int | None:
+    """The last step of a run that has finished; None where it has not.
+
+    Args:
+        store: The run's folder.
+    """
+    if not store.exists("result.json"):
+        return None
+    result, identity = (json.loads(store.read(name)) for name in ("result.json", "identity.json"))
+    # The result of an earlier configuration, which this run went on from, is not this one's.
+    return result["step"] if result["identity"] == identity_hash(identity) else None
 
 
 def load_encoder(store: Store, config: Config, warn: Callable[[str], None]) -> tuple[MaskedAutoencoder, int]:

@@ -32,7 +32,10 @@ class Args(pydantic.BaseModel):
 
 
 def main() -> int:
-    """Sends the records of one run, its transfers and trials, and says what it sent."""
+    """Sends the records of one run, its transfers and trials, and says what it sent.
+
+    Scores of transfers that the run lacks are noted on it first.
+    """
     args = parse(Args, prog="python -m pipelines.sync")
     folder = run_folder(args.name, args.storage)
     asked = absolute_tracking_uri(args.tracking_uri) if args.tracking_uri else ""
@@ -40,7 +43,10 @@ def main() -> int:
     # Not before the arguments are known to be right, as importing MLflow takes seconds, nor without these settings.
     os.environ.update(quiet_environment())
     from pipelines.sender import Sender
+    from pipelines.transfer_record import note_missing
 
+    for line in note_missing(Store(str(folder))):
+        print(line)
     problems: list[str] = []
     for one in recorded(folder):
         if one != folder:

@@ -23,38 +23,29 @@ import ray
 import ray.train
 import torch
 
-from mae_core import weights
 from mae_core.augment import check_policy
 from mae_core.classifier import Classifier, freeze
-from mae_core.sheets import confusion_picture
-from pipelines import provenance
 from pipelines.cli import parse_with_file
-from pipelines.config import Config, flat
+from pipelines.config import Config
 from pipelines.console import Printer, make_console
 from pipelines.data.shards import Manifest, load_index, load_manifest
 from pipelines.errors import UserError, run_command
 from pipelines.plots import Point, draw_scores
 from pipelines.ray_session import connect
-from pipelines.runs import find_run, load_encoder, run_config
+from pipelines.runs import final_step
 from pipelines.spool import Spool
 from pipelines.storage import Store, absolute
-from pipelines.tracking import RunDescription, RunRecord, create_run, resolve_tracking_uri, send
+from pipelines.tracking import create_run, resolve_tracking_uri, send
 from pipelines.training.build import build_model
 from pipelines.training.launch import check_resources, run_workers
 from pipelines.training.runfolder import RunFolder
+from pipelines.training.scores import read_scored
 from pipelines.training.transfer import transfer_worker
 from pipelines.training.transfer_worker import TransferJob
-from pipelines.transfer_config import (
-    Protocol,
-    Transfer,
-    TransferData,
-    TransferTrain,
-    dataset_name,
-    metric,
-    recipe,
-    score_name,
-    units,
-)
+from pipelines.transfer_config import Protocol, Transfer, TransferData, TransferTrain, metric, recipe, units
+from pipelines.transfer_identity import as_pretrained, dataset_name, identity, score_name
+from pipelines.transfer_record import describe, finish, note_on_parent, read_result
+from pipelines.transfer_source import normalised, source
 
 PROG = "python -m pipelines.transfer"
 _PROTOCOLS: tuple[str, ...] = Protocol.__args__  # type: ignore[attr-defined]
@@ -149,44 +140,6 @@ def _check_split(train: Manifest) -> None:
         raise UserError(f"data.train: {train.num_samples} images cannot be split into learning and validation")
 
 
-def source(transfer: Transfer) -> tuple[Store | None, Config, dict[str, torch.Tensor], int]:
-    """The encoder that is scored: its run's folder (None: of a file), configuration, weights and step.
-
-    Raises:
-        UserError: There is none, or it cannot be read.
-    """
-    if transfer.run:
-        store = find_run(transfer.storage, transfer.run)
-        config = run_config(store)
-        model, step = load_encoder(store, config, lambda line: print(f"warning: {line}", file=sys.stderr))
-        return store, config, weights.official_state(model), step
-    if not Path(transfer.weights).is_file():
-        raise UserError(f"--weights: no file '{transfer.weights}'")
-    try:
-        model = weights.load_official(transfer.weights)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--weights: {error}") from None
-    return None, _config_of(model), weights.official_state(model), 0
-
-
-def _config_of(model: Any) -> Config:
-    """The configuration of a model that came as a file."""
-    grey = model.channels == 1
-    base = Config()
-    values = base.model_dump()
-    values["data"] |= {"image_size": model.image_size, "channels": model.channels}
-    if grey:
-        values["data"] |= {"mean": (0.5,), "std": (0.5,)}
-    values["model"] |= {
-        "patch_size": model.patch_size,
-        "width": model.width,
-        "depth": len(model.encoder.blocks),
-        "heads": model.num_heads,
-        **model.options,
-    }
-    return Config.model_validate(values)
-
-
 def check_classifier(transfer: Transfer, config: Config, num_classes: int) -> None:
     """Builds the classifier's shapes without its memory.
 
@@ -205,18 +158,12 @@ def check_classifier(transfer: Transfer, config: Config, num_classes: int) -> No
         raise UserError(str(error)) from None
 
 
-def identity(transfer: Transfer, step: int, digests: dict[str, Any]) -> dict[str, Any]:
-    """What defines the result of a transfer: the same identity, the same score."""
-    skipped = ("run", "weights", "storage", "log_every", "checkpoint_minutes", "experiment", "scale.", "data.name")
-    skipped += ("data.train", "data.test", "data.num_classes", "data.deadline_s", "data.cpus_per_task")
-    values = {key: value for key, value in flat(transfer).items() if not key.startswith(skipped)}
-    return json.loads(json.dumps(values | digests | {"step": step}))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     transfer = read_transfer(argv)
     parent, config, state, step = source(transfer)
+    transfer = as_pretrained(transfer, config)
+    config = normalised(transfer, config)
     data = load_manifest(transfer.data.train), load_manifest(transfer.data.test)
     if transfer.protocol == "segment":
         classes = tuple(map(str, range(check_masks(transfer, *data))))
@@ -240,20 +187,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             values = identity(unit, step, digests)
             digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
             store = above.child("transfer").child(f"{dataset_name(unit)}-{score_name(unit)}-{digest}")
-            if store.exists("result.json"):
+            result = read_result(store, unit)
+            if result:
                 print(f"{score_name(unit)} has finished already; nothing to do")
             else:
-                if not ray.is_initialized():
-                    stack.enter_context(connect(address=transfer.scale.address))
-                    check_resources(transfer.scale, transfer.data.cpus_per_task)
-                try:
-                    _run(unit, config, state, data, classes, parent, store, values)
-                except TransferFailedError as failed:
-                    print(f"error: {score_name(unit)} failed: {failed}", file=sys.stderr)
-                    return 1
-            result = json.loads(store.read("result.json"))
-            note_on_parent(unit, parent, result)
+                if any(read_scored(store, seed) is None for seed in unit.seeds):
+                    if not ray.is_initialized():
+                        stack.enter_context(connect(address=transfer.scale.address))
+                        check_resources(transfer.scale, transfer.data.cpus_per_task)
+                    try:
+                        _run(unit, config, state, data, len(classes), parent, store, values)
+                    except TransferFailedError as failed:
+                        print(f"error: {score_name(unit)} failed: {failed}", file=sys.stderr)
+                        return 1
+                result = finish(unit, store, classes)
             print(told(unit, result, store, time.perf_counter() - began), flush=True)
+            if parent is not None:
+                note_on_parent(parent, store)
             scored.append((unit, result))
     if len(asked) > 1:
         print(f"\nplot       {plot(transfer, parent, above, scored)}")
@@ -285,7 +235,7 @@ def plot(transfer: Transfer, parent: Store | None, above: Store, scored: list[tu
         draw_scores(lines, titles[name], y_title, title, Path(folder) / file)
         picture = (Path(folder) / file).read_bytes()
     above.write(f"pictures/{file}", picture)
-    if parent is not None and parent.exists("result.json"):
+    if parent is not None and final_step(parent) is not None:
         record = RunFolder(parent)
         (record.path / "pictures").mkdir(exist_ok=True)
         (record.path / "pictures" / file).write_bytes(picture)
@@ -302,12 +252,12 @@ def _run(
     config: Config,
     state: dict[str, torch.Tensor],
     data: tuple[Manifest, Manifest],
-    classes: tuple[str, ...],
+    num_classes: int,
     parent: Store | None,
     store: Store,
     values: dict[str, Any],
 ) -> None:
-    """Learns and scores, with its record.
+    """Learns and scores with the seeds that have no score yet.
 
     Raises:
         UserError: It failed by what the user can mend.
@@ -323,7 +273,7 @@ def _run(
     console = make_console()
     printer = Printer(console)
     # Large ones do not fit into what travels with a function.
-    job = TransferJob(transfer, config, ray.put(state), train, test, len(classes), store, console)
+    job = TransferJob(transfer, config, ray.put(state), train, test, num_classes, store, console)
     print(f"{score_name(transfer)}: {train.num_samples:,} images to learn from, {test.num_samples:,} to test on")
     error = ""
     try:
@@ -341,60 +291,6 @@ def _run(
         if failure and failure[1]:
             raise UserError(failure[0])
         raise TransferFailedError(failure[0] if failure else error)
-    result = json.loads(store.read("result.json"))
-    folder = RunFolder(store)
-    confusion_CC = torch.tensor(result["confusion"])
-    spool = Spool(folder.path)
-    if 2 <= len(classes) <= 100:
-        picture = folder.path / "confusion.png"
-        confusion_picture(confusion_CC, classes).save(picture)
-        spool.artifact(picture.name)
-        store.write(picture.name, picture.read_bytes())
-    left = send(folder.path, timeout_s=30.0)
-    folder.push()
-    if left.left:
-        print(f"{left.left} lines of the record are not in MLflow yet: {left.problem}", file=sys.stderr)
-
-
-def describe(transfer: Transfer, data: tuple[Manifest, Manifest], parent: Store | None) -> RunDescription:
-    """What MLflow is told: a child of the pretraining run."""
-    record = RunRecord.read(RunFolder(parent).path) if parent is not None and parent.exists("run.json") else None
-    return RunDescription(
-        experiment=record.experiment if record else transfer.experiment,
-        name=f"{transfer.run or Path(transfer.weights).stem} {dataset_name(transfer)} {score_name(transfer)}",
-        params=flat(transfer),
-        tags={"mae.kind": "transfer", "mae.pretraining": transfer.run or transfer.weights, **provenance.tags()},
-        datasets=provenance.dataset_inputs({"train": data[0], "test": data[1]}),
-        parent_run_id=record.mlflow_run_id if record else None,
-    )
-
-
-def note_on_parent(transfer: Transfer, parent: Store | None, result: dict[str, Any]) -> None:
-    """Writes the score on the pretraining run, where the MLflow UI compares runs by it; once for each result."""
-    if parent is None:
-        return
-    if not parent.exists("result.json"):
-        print("the pretraining run has not finished: the score stands on the transfer's own run only")
-        return
-    key = f"transfer/{dataset_name(transfer)}/{score_name(transfer)}_{metric(transfer)}"
-    folder, value = RunFolder(parent), result["scores"][f"test/{metric(transfer)}"]
-    noted = [
-        (line["step"], line["metrics"][key])
-        for line in folder.read_lines("metrics.jsonl")
-        if key in line.get("metrics", {})
-    ]
-    if noted and noted[-1][1] == value:
-        return
-    spool = Spool(folder.path)
-    # A point at a step that there is already would be dropped.
-    spool.metrics(max([step + 1 for step, _ in noted], default=0), {key: value})
-    spool.close()
-    left = send(folder.path, timeout_s=30.0)
-    folder.push()
-    if left.left:
-        print(
-            f"the score is not in MLflow yet ({left.problem}): python -m pipelines.sync {transfer.run}", file=sys.stderr
-        )
 
 
 def told(transfer: Transfer, result: dict[str, Any], store: Store, seconds: float) -> str:

@@ -40,6 +40,8 @@ def build_model(config: Config) -> MaskedAutoencoder:
             width=model.width or None,
             depth=model.depth or None,
             num_heads=model.heads or None,
+            mean=config.data.mean,
+            std=config.data.std,
             seed=config.run.seed,
             # The other keys have the names of the arguments.
             **model.model_dump(exclude={"arch", "patch_size", "width", "depth", "heads"}),

@@ -82,7 +82,7 @@ class Classification:
         if self._mixup:
             images_BCHW, target = self._mixup(images_BCHW, label_B)
         with self._worker.autocast():
-            logits_BC = model(images_BCHW)
+            logits_BC = model(images_BCHW, weight_B > 0)
         # Mixed targets are smoothed already.
         smoothing = 0.0 if self._mixup else self._smoothing
         loss_B = cross_entropy(logits_BC.float(), target, reduction="none", label_smoothing=smoothing)

@@ -9,7 +9,7 @@ from pipelines.storage import Store
 
 _FILES = (
     "run.json", "config.json", "metrics.jsonl", "sent.json", "skipped.jsonl", "result.json", "sync.log",
-    "table.txt", "best.toml",
+    "table.txt", "best.toml", "confusion.npy", "per_class.csv", "confusion.png",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What a transfer's confusion matrices come to: accuracy or mean IoU, its mean over seeds, its interval."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,33 @@ import torch
 
 from mae_core.segmentation import class_iou, mean_iou
 from pipelines.errors import UserError
+from pipelines.storage import Store
 from pipelines.transfer_config import Transfer, metric
 
+_SCORED = "scored.json"
+TEST_READ = (
+    "when a seed is scored, after its training; by knn and linear-fast once for all seeds that a command scores. All "
+    "that is chosen is chosen on the validation split"
+)
 
-def summarise(transfer: Transfer, scored: list[dict[str, Any]], unreadable: int) -> dict[str, Any]:
+
+def seed_folder(store: Store, seed: int) -> Store:
+    """Where a transfer keeps what one seed has come to."""
+    return store.child(f"seed-{seed}")
+
+
+def read_scored(store: Store, seed: int) -> dict[str, Any] | None:
+    """What a seed of a transfer has come to; None where it has not been scored."""
+    folder = seed_folder(store, seed)
+    return json.loads(folder.read(_SCORED)) if folder.exists(_SCORED) else None
+
+
+def write_scored(store: Store, scored: dict[str, Any]) -> None:
+    """Keeps what a seed has come to."""
+    seed_folder(store, scored["seed"]).write(_SCORED, json.dumps(scored))
+
+
+def summarise(transfer: Transfer, scored: list[dict[str, Any]]) -> dict[str, Any]:
     """The result of a transfer: means over the seeds with their 95 % intervals, and what each seed gave."""
     name = metric(transfer)
     score = {"top1": top1, "miou": miou}[name]
@@ -31,10 +55,10 @@ def summarise(transfer: Transfer, scored: list[dict[str, Any]], unreadable: int)
             for one, v, t in zip(scored, val, test, strict=True)
         ],
         "tried": scored[0].get("tried", []),
-        "test_read": "at the end, once a seed; all that is chosen is chosen on the validation split",
+        "test_read": TEST_READ,
         "confusion": confusion_CC.tolist(),
         "per_class": _per_class(confusion_CC) if name == "top1" else _iou_per_class(confusion_CC),
-        "unreadable": unreadable,
+        "unreadable": len({tuple(one) for each in scored for one in each["unreadable"]}),
     }
 
 

@@ -46,7 +46,8 @@ class Segmentation:
         """
         target_BHW = self._masks(batch)
         with self._worker.autocast():
-            logits_BCHW = model(self._worker.images(batch))
+            counts_B = torch.from_numpy(batch.weight_B > 0).to(self._worker.device)
+            logits_BCHW = model(self._worker.images(batch), counts_B)
         loss_BHW = cross_entropy(logits_BCHW.float(), target_BHW, ignore_index=IGNORE, reduction="none")
         return loss_BHW.mean(dim=(1, 2)).sum()
 

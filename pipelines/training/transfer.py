@@ -1,13 +1,9 @@
-"""What every Ray Train worker of a transfer does: learns from labelled images, and scores once at the end."""
-
-import json
+"""What every Ray Train worker of a transfer does: learns from labelled images, and scores at the end."""
 
 import ray
-import torch.distributed as dist
 
 from pipelines.errors import UserError
 from pipelines.training.classification import Classification
-from pipelines.training.scores import summarise
 from pipelines.training.segmentation import Segmentation
 from pipelines.training.transfer_cached import score_cached
 from pipelines.training.transfer_learning import Learning
@@ -22,7 +18,11 @@ def transfer_worker(job: TransferJob) -> None:
     worker = None
     try:
         worker = Worker(job)
-        _run(worker)
+        if worker.transfer.protocol in CACHED:
+            score_cached(worker)
+        else:
+            task = Segmentation(worker) if worker.transfer.protocol == "segment" else Classification(worker)
+            Learning(worker, task).learn()
     except UserError as error:
         ray.get(job.console.fail.remote(str(error), True))
         raise
@@ -32,24 +32,3 @@ def transfer_worker(job: TransferJob) -> None:
     finally:
         if worker is not None:
             worker.close()
-
-
-def _run(worker: Worker) -> None:
-    """All seeds, each where an earlier attempt has left off; then the result is written."""
-    if worker.transfer.protocol in CACHED:
-        scored = score_cached(worker)
-    else:
-        task = Segmentation(worker) if worker.transfer.protocol == "segment" else Classification(worker)
-        scored = Learning(worker, task).learn()
-    unreadable = [worker.unreadable]
-    if worker.world_size > 1:
-        unreadable = [set() for _ in range(worker.world_size)]
-        dist.all_gather_object(unreadable, worker.unreadable)
-    if not (worker.spool and worker.folder):
-        return
-    result = summarise(worker.transfer, scored, len(set().union(*unreadable)))
-    worker.spool.metrics(0, {key: value for key, value in result["scores"].items() if value is not None})
-    worker.folder.write("result.json", json.dumps(result, indent=2))
-    worker.spool.artifact("result.json")
-    worker.spool.status("FINISHED")
-    worker.folder.push()

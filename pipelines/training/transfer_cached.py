@@ -15,23 +15,25 @@ from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.training.classification import make_classifier
 from pipelines.training.probing import Features, Prober
-from pipelines.training.scores import confusion, top1
+from pipelines.training.scores import confusion, read_scored, top1, write_scored
 from pipelines.training.transfer_worker import Worker
 
 
-def score_cached(worker: Worker) -> list[dict[str, Any]]:
-    """Scores on features that are computed once, by all workers; rank 0 scores."""
+def score_cached(worker: Worker) -> None:
+    """Scores with the seeds that have no score yet, on features that all workers compute once; rank 0 scores."""
+    store, transfer = worker.job.store, worker.transfer
+    here = worker.rank == 0
+    seeds = worker.agree([seed for seed in transfer.seeds if read_scored(store, seed) is None] if here else None)
+    if not seeds:
+        return
     values = worker.config.model_dump()
-    values["probe"]["pool"] = worker.transfer.pool
+    values["probe"]["pool"] = transfer.pool
     values["probe"]["crop_share"] = worker.crop_share
     values["data"]["image_size"] = worker.image_size
-    values["batch"]["micro_size"] = worker.transfer.train.micro_size
+    values["batch"]["micro_size"] = transfer.train.micro_size
     prober = Prober(Config.model_validate(values), worker.crew, worker.device, worker.autocast)
     began = time.perf_counter()
-    # What is chosen by chance needs seeds: the classifier's batches, and the patches that are seen.
-    by_chance = worker.transfer.protocol == "linear-fast" or worker.transfer.visible[0] < 1
-    seeds = worker.transfer.seeds if by_chance else worker.transfer.seeds[:1]
-    share = worker.transfer.visible[0]
+    share = transfer.visible[0]
     # All images are read once, for all that look at them.
     looks: list[Any] = [
         Look(make_classifier(worker, 0).eval(), share, seed) for seed in (seeds if share < 1 else seeds[:1])
@@ -39,11 +41,14 @@ def score_cached(worker: Worker) -> list[dict[str, Any]]:
     known = prober.extract(looks, worker.job.train)
     asked = prober.extract(looks, worker.job.test)
     worker.left_out(prober.skipped)
+    unreadable = worker.take_unreadable()
     if known is None or asked is None:
-        return []
+        return
     worker.say(f"features of {len(known[0].labels_N) + len(asked[0].labels_N):,} images in {_s(began)}")
     last = len(looks) - 1
-    return [_score(worker, known[min(i, last)], asked[min(i, last)], seed) for i, seed in enumerate(seeds)]
+    for i, seed in enumerate(seeds):
+        scored = _score(worker, known[min(i, last)], asked[min(i, last)], seed)
+        write_scored(store, {**scored, "unreadable": unreadable})
 
 
 def _score(worker: Worker, known: Features, asked: Features, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,11 @@ from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
 from pipelines.storage import Store
 from pipelines.training import checkpoint
+from pipelines.training.scores import read_scored, seed_folder, write_scored
 from pipelines.training.transfer_step import Step, Task
 from pipelines.training.transfer_worker import Worker
+
+_CHOSEN, _VALIDATED = "chosen.json", "validated.json"
 
 
 @dataclass(frozen=True)
@@ -88,62 +92,88 @@ class Learning:
     def __init__(self, worker: Worker, task: Task):
         self.worker, self.task = worker, task
 
-    def learn(self) -> list[dict[str, Any]]:
-        """Trains with all seeds, each where an earlier attempt has left off, and scores them at the end.
+    def learn(self) -> None:
+        """Trains and scores with the seeds that have no score yet, each where an earlier attempt has left off."""
+        choice = self.choose()
+        for seed in self.worker.transfer.seeds:
+            if self._kept(read_scored, self.worker.job.store, seed):
+                self.worker.say(f"seed {seed} has been scored already")
+                continue
+            if choice is None:
+                lr, tried = self.worker.transfer.train.base_lr, []
+            else:
+                lr, tried = choice["base_lr"], choice["tried"]
+            # The seed that the rates were tried with has been trained at the best one.
+            known = choice is not None and seed == choice["seed"]
+            self.score(self._candidate(seed, lr) if known else self._training(seed, lr), tried)
 
-        Where there are several learning rates, each is trained with the first seed, and the best on the validation
-        split goes on: the others never see the test images.
+    def choose(self) -> dict[str, Any] | None:
+        """Where there are several learning rates: trains each with the first seed, and takes the best.
+
+        The best is that on the validation split; none sees the test images. The choice is made once and kept, for
+        the seeds of later commands too.
+
+        Returns:
+            The ``base_lr``, the ``seed`` that it was chosen with, what was ``tried``; None where there is no choice.
         """
-        worker, (first, *others) = self.worker, self.worker.transfer.seeds
-        candidates = [self._candidate(first, lr) for lr in worker.transfer.train.base_lrs]
-        tried = [self.validate(training) for training in candidates]
-        if tried:
-            chosen = candidates[tried.index(max(tried))]
-        else:
-            chosen = Training(first, worker.transfer.train.base_lr, self._folder(first), f"seed {first}", "")
-        for training in candidates:
-            if training is not chosen and worker.rank == 0:
-                training.store.child("checkpoints").delete()
-        scored = [self.score(chosen)]
-        scored[0]["tried"] = [
-            {"base_lr": training.base_lr, "validation": score}
-            for training, score in zip(candidates, tried, strict=True)
-        ]
-        for seed in others:
-            scored.append(
-                self.score(Training(seed, chosen.base_lr, self._folder(seed), f"seed {seed}", f"_seed_{seed}"))
-            )
-        return scored
+        worker, rates = self.worker, self.worker.transfer.train.base_lrs
+        if not rates:
+            return None
+        if kept := self._kept(_read, worker.job.store, _CHOSEN):
+            return kept
+        seed = worker.transfer.seeds[0]
+        candidates = [self._candidate(seed, lr) for lr in rates]
+        scores = [self.validate(training) for training in candidates]
+        best = candidates[scores.index(max(scores))]
+        choice = {
+            "base_lr": best.base_lr,
+            "seed": seed,
+            "tried": [{"base_lr": lr, "validation": score} for lr, score in zip(rates, scores, strict=True)],
+        }
+        if worker.rank == 0:
+            worker.job.store.write(_CHOSEN, json.dumps(choice))
+            for training in candidates:
+                if training is not best:
+                    training.store.child("checkpoints").delete()
+        return choice
 
-    def _folder(self, seed: int) -> Store:
-        return self.worker.job.store.child(f"seed-{seed}")
+    def _training(self, seed: int, lr: float) -> Training:
+        # Seed 0 is what a single one is by default.
+        suffix = f"_seed_{seed}" if seed else ""
+        return Training(seed, lr, seed_folder(self.worker.job.store, seed), f"seed {seed}", suffix)
 
     def _candidate(self, seed: int, lr: float) -> Training:
         """The training that tries a learning rate."""
-        return Training(seed, lr, self._folder(seed).child(f"lr-{lr}"), f"seed {seed}  lr {lr}", f"_lr_{lr}", keep=True)
+        plain = self._training(seed, lr)
+        return Training(
+            seed, lr, plain.store.child(f"lr-{lr}"), f"{plain.name}  lr {lr}", f"{plain.suffix}_lr_{lr}", keep=True
+        )
 
     def validate(self, training: Training) -> float:
         """Trains, and scores on the validation split; in percent."""
-        if done := self._done(training, "validated.json"):
+        if done := self._kept(_read, training.store, _VALIDATED):
             return done["validation"]
         trained = self.train(training)
         val_CC = self.evaluate(trained.model, self.worker.job.train, np.sort(self.worker.val_ids))
         score = self.task.score(val_CC)
         self.worker.say(f"{training.name}  {self.worker.transfer.protocol}  validation {score:.2f} %")
         if self.worker.rank == 0:
-            training.store.write("validated.json", json.dumps({"validation": score}))
+            training.store.write(_VALIDATED, json.dumps({"validation": score}))
         return score
 
-    def score(self, training: Training) -> dict[str, Any]:
-        """Trains, and scores on the validation split and on the test images."""
+    def score(self, training: Training, tried: list[dict[str, float]]) -> None:
+        """Trains, and scores on the validation split and on the test images.
+
+        Args:
+            training: The one that its seed stands for.
+            tried: What the learning rates came to, where there were several.
+        """
         worker, task = self.worker, self.task
-        if done := self._done(training, "scored.json"):
-            worker.say(f"{training.name} has been scored already")
-            return done
         trained = self.train(training)
         val_CC = self.evaluate(trained.model, worker.job.train, np.sort(worker.val_ids))
         test_CC = self.evaluate(trained.model, worker.job.test, None)
         worker.say(f"{training.name}  {worker.transfer.protocol}  validation {task.score(val_CC):.2f} %")
+        unreadable = worker.take_unreadable()
         scored = {
             "seed": training.seed,
             "val": val_CC.tolist(),
@@ -151,16 +181,16 @@ class Learning:
             "seconds": trained.seconds,
             "flops": task.flops(trained.model) * trained.samples,
             "chosen": {"steps": trained.steps, "base_lr": training.base_lr},
+            "tried": tried,
+            "unreadable": unreadable,
         }
         if worker.rank == 0:
-            training.store.write("scored.json", json.dumps(scored))
+            write_scored(worker.job.store, scored)
             training.store.child("checkpoints").delete()
-        return scored
 
-    def _done(self, training: Training, name: str) -> Any:
-        """What an earlier attempt has written of a training, or None."""
-        here = self.worker.rank == 0 and training.store.exists(name)
-        return self.worker.agree(json.loads(training.store.read(name)) if here else None)
+    def _kept(self, read: Callable[..., Any], *what: Any) -> Any:
+        """What rank 0 finds of an earlier attempt, or None; the same on all ranks."""
+        return self.worker.agree(read(*what) if self.worker.rank == 0 else None)
 
     def train(self, training: Training) -> Trained:
         """Trains to the end, from the newest whole checkpoint on."""
@@ -269,3 +299,8 @@ class Learning:
             dist.all_reduce(on_device)
             counts_CC = on_device.cpu()
         return counts_CC
+
+
+def _read(store: Store, name: str) -> Any:
+    """A kept file's values; None where there is none."""
+    return json.loads(store.read(name)) if store.exists(name) else None

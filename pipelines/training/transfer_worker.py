@@ -8,6 +8,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from ray.train.collective import broadcast_from_rank_zero
 
 from mae_core.images import normalize
@@ -41,7 +42,7 @@ class TransferJob:
         config: Of the pretraining run: model, image size, mean and deviation.
         state: The pretrained weights in the official layout, in the object store.
         train: Labelled images to learn from.
-        test: Labelled images that are read once.
+        test: Labelled images to score on.
         num_classes: Of their labels, or of their masks.
         store: The transfer's folder.
         console: Actor that takes lines for the driver's terminal.
@@ -76,7 +77,7 @@ class Worker:
         self.follower = start_follower(self.folder.path) if self.folder else None
         learn, self.val_ids = split_indices(job.train.num_samples, self.transfer.data.val_share, seed=SPLIT_SEED)
         self.learn_ids = np.sort(learn)
-        self.unreadable: set[tuple[str, str]] = set()
+        self._unreadable: set[tuple[str, str]] = set()
 
     def say(self, line: str) -> None:
         """Shows a line in the driver's terminal."""
@@ -96,7 +97,16 @@ class Worker:
 
     def left_out(self, skipped: list[dict[str, str]]) -> None:
         """Notes images that could not be read, each once."""
-        self.unreadable.update((one["shard"], one["key"]) for one in skipped)
+        self._unreadable.update((one["shard"], one["key"]) for one in skipped)
+
+    def take_unreadable(self) -> list[tuple[str, str]]:
+        """Shard and key of what could not be read by any rank since this was asked last; all ranks must ask."""
+        mine, self._unreadable = self._unreadable, set()
+        found = [mine]
+        if self.world_size > 1:
+            found = [set() for _ in range(self.world_size)]
+            dist.all_gather_object(found, mine)
+        return sorted(set().union(*found))
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""

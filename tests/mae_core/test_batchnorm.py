@@ -26,6 +26,9 @@ def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
     norm = BatchNorm(WIDTH)
     outputs = [norm(batch[4 * rank : 4 * rank + 4]) for batch in batches()]
+    # Of the last batch one rank has a row less.
+    counts_B = torch.tensor([True, True, True, rank == 0])
+    outputs.append(norm(batches()[2][4 * rank : 4 * rank + 4], counts_B))
     outputs.append(norm.eval()(batches()[0]))
     torch.save((outputs, norm.state_dict()), Path(folder) / f"rank-{rank}.pt")
     dist.destroy_process_group()
@@ -39,12 +42,14 @@ def test_two_processes_are_one_with_all_rows(tmp_path, monkeypatch):
     other.join()
     whole = nn.BatchNorm1d(WIDTH, affine=False, eps=1e-6)
     expected = [whole(batch) for batch in batches()]
+    expected.append(whole(batches()[2][:7]))
     shares = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
     for i, output in enumerate(expected):
-        torch.testing.assert_close(torch.cat([outputs[i] for outputs, _ in shares]), output, rtol=1e-4, atol=1e-4)
+        together = torch.cat([outputs[i] for outputs, _ in shares])[: len(output)]
+        torch.testing.assert_close(together, output, rtol=1e-4, atol=1e-4)
     for outputs, state in shares:
         torch.testing.assert_close(state, dict(whole.state_dict()), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(outputs[3], copy.deepcopy(whole).eval()(batches()[0]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(outputs[4], copy.deepcopy(whole).eval()(batches()[0]), rtol=1e-4, atol=1e-4)
 
 
 def test_alone_it_is_torchs():
@@ -52,3 +57,21 @@ def test_alone_it_is_torchs():
     for batch in batches():
         assert torch.equal(ours(batch), theirs(batch))
     theirs.load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_rows_that_fill_up_a_batch_are_left_out_of_the_statistics():
+    ours, theirs = BatchNorm(WIDTH), nn.BatchNorm1d(WIDTH, affine=False, eps=1e-6)
+    counts_B = torch.arange(8) % 3 != 2
+    for batch in batches():
+        filled = batch.clone()
+        filled[~counts_B] = 1e3
+        torch.testing.assert_close(ours(filled, counts_B)[counts_B], theirs(batch[counts_B]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_of_nothing_is_forgotten():
+    norm = BatchNorm(WIDTH)
+    before = copy.deepcopy(norm.state_dict())
+    assert norm(batches()[0], torch.zeros(8, dtype=torch.bool)).isfinite().all()
+    after = norm.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in ("running_mean", "running_var"))

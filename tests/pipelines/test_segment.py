@@ -19,7 +19,8 @@ from pipelines.errors import UserError
 from pipelines.training.scores import summarise
 from pipelines.training.segmentation import Segmentation
 from pipelines.transfer import check_masks
-from pipelines.transfer_config import Transfer, TransferData, TransferTrain, recipe, score_name
+from pipelines.transfer_config import Transfer, TransferData, TransferTrain, recipe
+from pipelines.transfer_identity import score_key
 from tests.masks import pack, write_scenes
 
 
@@ -120,9 +121,9 @@ def test_what_would_not_move_masks_is_refused(values):
 
 
 def test_the_score_is_named_miou():
-    transfer = Transfer(protocol="segment")
+    transfer = Transfer.model_validate(recipe("segment") | {"data": {"name": "cells"}})
     one = {"seed": 0, "val": [[1, 0], [0, 1]], "test": [[3, 1], [0, 0]], "seconds": 1.0, "chosen": {}}
-    result = summarise(transfer, [one], 0)
+    result = summarise(transfer, [one | {"unreadable": []}])
     assert (result["scores"]["val/miou"], result["scores"]["test/miou"]) == (100, 37.5)
     assert result["per_class"] == [75, 0]
-    assert score_name(transfer) == "segment"
+    assert score_key(transfer) == "transfer/cells/segment_miou"

@@ -1,11 +1,13 @@
 """``pipelines.sync`` on a run with transfers, none of which has reached MLflow."""
 
+import json
 import sys
 
 import pytest
 from mlflow import MlflowClient
 
 from pipelines import sync
+from pipelines.config import identity_hash
 from pipelines.errors import UserError
 from pipelines.spool import Spool
 from pipelines.tracking import RunRecord
@@ -45,6 +47,23 @@ def test_the_transfers_of_a_run_are_sent_too(tmp_path, monkeypatch, capsys):
     assert [run.data.tags.get("mlflow.parentRunId") for run in runs] == [None, *[runs[0].info.run_id] * 2]
     assert run(monkeypatch, "cells", "--storage", tmp_path) == 0
     assert capsys.readouterr().out.count("sent 0 points and 0 files") == 3
+
+
+def test_a_score_that_the_run_lacks_is_noted_and_sent(tmp_path, monkeypatch, capsys):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_folder, folder = tmp_path / "cells", tmp_path / "cells/transfer/cells-knn-1"
+    for one in (run_folder, folder):
+        write_record(one, uri, **{"train/loss": 1.0})
+        (one / "identity.json").write_text(json.dumps({"step": 5}))
+    (run_folder / "result.json").write_text(json.dumps({"step": 5, "identity": identity_hash({"step": 5})}))
+    result = {"key": "transfer/cells/knn_top1", "scores": {"test/top1": 42.5}}
+    (folder / "result.json").write_text(json.dumps(result))
+    for told in ("transfer/cells/knn_top1 is 42.50 % on the pretraining run now\n", ""):
+        assert run(monkeypatch, "cells", "--storage", tmp_path) == 0
+        assert capsys.readouterr().out.partition("cells: sent")[0] == told
+    client = MlflowClient(tracking_uri=uri)
+    history = client.get_metric_history(RunRecord.read(run_folder).mlflow_run_id or "", "transfer/cells/knn_top1")
+    assert [(point.step, point.value) for point in history] == [(0, 42.5)]
 
 
 def test_transfers_of_a_file_of_weights_have_no_run_above(tmp_path, monkeypatch, capsys):

@@ -20,8 +20,8 @@ from pipelines.errors import UserError
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.scores import interval, summarise
 from pipelines.training.transfer_cached import Look
-from pipelines.transfer import check_labels, main, read_transfer
-from pipelines.transfer_config import Transfer, TransferData, dataset_name, score_name, units
+from pipelines.transfer import check_labels, main
+from pipelines.transfer_config import Transfer
 from tests.masks import pack, write_scenes
 
 ROOT = Path(__file__).parents[2]
@@ -90,14 +90,22 @@ def result_of(root, start):
 
 
 def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_local, capfd):
-    command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "2", "--visible", "0.1", "1")
+    command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "--visible", "0.1", "1")
     assert main(command) == 0
     picture = pretrained / "base" / "pictures" / "transfer-shapes-linear-fast-visible.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert str(picture) in capfd.readouterr().out
     few, _ = result_of(pretrained, "shapes-linear_fast_visible_0.1-")
-    assert len(few["seeds"]) == 3
-    result, folder = result_of(pretrained, "shapes-linear_fast-")
+    assert len(few["seeds"]) == 2
+    two, folder = result_of(pretrained, "shapes-linear_fast-")
+    # another seed: the two that have been scored are not scored again
+    command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "2")
+    before = [(folder / f"seed-{seed}" / "scored.json").stat().st_mtime_ns for seed in (0, 1)]
+    assert main(command) == 0
+    assert [(folder / f"seed-{seed}" / "scored.json").stat().st_mtime_ns for seed in (0, 1)] == before
+    result, _ = result_of(pretrained, "shapes-linear_fast-")
+    assert result["seeds"][:2] == two["seeds"]
+    assert len(result["seeds"]) == 3
     test = [one["test"] for one in result["seeds"]]
     assert result["scores"]["test/top1"] == pytest.approx(np.mean(test))
     assert result["scores"]["test/top1_interval"] == pytest.approx(interval(test))
@@ -105,8 +113,9 @@ def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_lo
     assert confusion_CC.sum() == 3 * load_manifest(shards["test"]).num_samples
     assert 100 * confusion_CC.trace() / confusion_CC.sum() == pytest.approx(np.mean(test))
     assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
-    noted = ("transfer/shapes/linear_fast_top1", result["scores"]["test/top1"])
-    assert [one for one in scores(pretrained) if one[0] == noted[0]] == [noted]
+    key = "transfer/shapes/linear_fast_top1"
+    noted = [(key, value) for value in dict.fromkeys(one["scores"]["test/top1"] for one in (two, result))]
+    assert [one for one in scores(pretrained) if one[0] == key] == noted
     client = MlflowClient(tracking_uri=f"sqlite:///{pretrained}/mlflow.db")
     parent_id, child_id = (
         json.loads((path / "run.json").read_text())["mlflow_run_id"] for path in (pretrained / "base", folder)
@@ -114,13 +123,20 @@ def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_lo
     parent, child = client.get_run(parent_id), client.get_run(child_id)
     assert child.data.tags["mlflow.parentRunId"] == parent_id
     assert child.info.status == "FINISHED"
-    assert parent.data.metrics[noted[0]] == pytest.approx(noted[1])
+    assert parent.data.metrics[key] == pytest.approx(noted[-1][1])
+    assert parent.data.tags[f"mae.{key}"] == folder.name
     assert parent.info.status == "FINISHED"
+    history = client.get_metric_history(child_id, "test/top1_interval")
+    assert [point.step for point in history] == [0, 1]
+    assert history[-1].value == pytest.approx(result["scores"]["test/top1_interval"])
+    assert child.data.tags["mae.seeds"] == "0 1 2"
+    artifacts = {file.path for file in client.list_artifacts(child_id)}
+    assert artifacts == {"result.json", "confusion.png", "confusion.npy", "per_class.csv"}
     # again: nothing is done, and nothing is noted twice
     capfd.readouterr()
     assert main(command) == 0
     assert "finished already" in capfd.readouterr().out
-    assert [one for one in scores(pretrained) if one[0] == noted[0]] == [noted]
+    assert [one for one in scores(pretrained) if one[0] == key] == noted
 
 
 def test_which_patches_are_seen_is_a_function_of_seed_and_sample():
@@ -142,7 +158,7 @@ def test_which_patches_are_seen_is_a_function_of_seed_and_sample():
 @pytest.mark.chaos
 def test_nearest_neighbours_are_those_of_the_features(pretrained, shards, ray_local):
     assert main(arguments(pretrained, shards, "knn", "--knn-k", "3")) == 0
-    result, _ = result_of(pretrained, "shapes-knn-")
+    result, _ = result_of(pretrained, "shapes-knn_k3-")
     assert result["seeds"][0]["chosen"] == {"k": 3}
     assert np.array(result["confusion"]).sum() == load_manifest(shards["test"]).num_samples
 
@@ -150,7 +166,7 @@ def test_nearest_neighbours_are_those_of_the_features(pretrained, shards, ray_lo
 def test_fine_tuning_on_two_workers_at_another_resolution(pretrained, shards, ray_local):
     more = ["--scale.workers", "2", "--data.image-size", "24", "24", "--blocks", "1", "--data.label-fraction", "0.5"]
     assert main(arguments(pretrained, shards, "partial", *TRAINED, *more)) == 0
-    result, _ = result_of(pretrained, "shapes-partial_1_labels_0.5-")
+    result, _ = result_of(pretrained, "shapes-partial_1_labels_0.5_24x24_2_epochs-")
     assert result["scores"]["train/flops"] > 0
     assert np.array(result["confusion"]).sum() == load_manifest(shards["test"]).num_samples
     assert result["unreadable"] <= 1, "one image of the fixture is truncated, and counts once"
@@ -160,7 +176,7 @@ def test_fine_tuning_on_two_workers_at_another_resolution(pretrained, shards, ra
 def test_the_papers_linear_probe_and_scratch_run(pretrained, shards, ray_local, protocol):
     more = ["--train.base-lrs", "0.001", "0.1", "--train.ema", "0.9"]
     assert main(arguments(pretrained, shards, protocol, *TRAINED, *more)) == 0
-    result, _ = result_of(pretrained, f"shapes-{protocol}-")
+    result, _ = result_of(pretrained, f"shapes-{protocol}_2_epochs-")
     assert result["seeds"][0]["chosen"]["steps"] > 4
     assert [one["base_lr"] for one in result["tried"]] == [0.001, 0.1]
     assert max(one["validation"] for one in result["tried"]) == pytest.approx(result["scores"]["val/top1"])
@@ -176,7 +192,7 @@ def test_segmentation_learns_masks(pretrained, shards, ray_local, tmp_path):
     more = ["--data.image-size", "64", "64", "--data.crop-scale", "0.1", "0.4", "--data.name", "scenes"]
     more += ["--seeds", "0", "1", "--train.epochs", "8", "--train.base-lr", "0.16"]
     assert main(arguments(pretrained, data, "segment", *more)) == 0
-    result, folder = result_of(pretrained, "scenes-segment-")
+    result, folder = result_of(pretrained, "scenes-segment_64x64_8_epochs-")
     test = [one["test"] for one in result["seeds"]]
     assert min(test) > 80
     assert result["scores"]["test/miou_interval"] == pytest.approx(interval(test))
@@ -185,7 +201,7 @@ def test_segmentation_learns_masks(pretrained, shards, ray_local, tmp_path):
     assert result["per_class"] == pytest.approx(100 * iou_C)
     assert confusion_CC.sum() == 2 * 40 * 64 * 64
     assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
-    assert ("transfer/scenes/segment_miou", result["scores"]["test/miou"]) in scores(pretrained)
+    assert ("transfer/scenes/segment_64x64_8_epochs_miou", result["scores"]["test/miou"]) in scores(pretrained)
 
 
 @pytest.mark.chaos
@@ -198,7 +214,7 @@ def test_a_killed_fine_tuning_ends_as_one_that_was_not(pretrained, shards, tmp_p
     folder = pretrained / "base" / "transfer"
 
     def checkpoints():
-        return list(folder.glob("shapes-finetune-*/seed-0/checkpoints/*/manifest.json"))
+        return list(folder.glob("shapes-finetune_30_epochs-*/seed-0/checkpoints/*/manifest.json"))
 
     deadline = time.monotonic() + 120
     while not checkpoints() and killed.poll() is None and time.monotonic() < deadline:
@@ -209,12 +225,12 @@ def test_a_killed_fine_tuning_ends_as_one_that_was_not(pretrained, shards, tmp_p
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "continuing from the checkpoint of step" in again.stdout
-    stopped, path = result_of(pretrained, "shapes-finetune-")
+    stopped, path = result_of(pretrained, "shapes-finetune_30_epochs-")
     path.rename(tmp_path / "stopped")
     whole = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     assert "continuing" not in whole.stdout
-    undisturbed, _ = result_of(pretrained, "shapes-finetune-")
+    undisturbed, _ = result_of(pretrained, "shapes-finetune_30_epochs-")
     assert stopped["confusion"] == undisturbed["confusion"]
     lines = [
         [line for line in text.stdout.splitlines() if "loss" in line][-1].split("images/s")[0].rsplit(None, 1)[0]
@@ -234,6 +250,9 @@ def test_a_killed_fine_tuning_ends_as_one_that_was_not(pretrained, shards, tmp_p
         (["--data.train", ""], "give labelled shards"),
         (["--data.test", "nowhere"], "nowhere"),
         (["--protocol", "partial", "--blocks", "7"], "1 to 2"),
+        (["--blocks", "some"], "blocks"),
+        (["--num-heads", "2"], "num_heads goes with weights"),
+        (["--data.mean", "0.5"], "one value for each of the 3"),
         (["--data.image-size", "18", "18"], "not divisible by the patch size 4"),
         (["--data.auto-augment", "best"], "is no RandAugment policy"),
         (["--train.micro-size", "3", "--train.mixup", "1"], "must be even"),
@@ -264,41 +283,14 @@ def test_classes_must_be_known_and_numbered_alike(shards):
         check_labels(train, train.__class__(**{**vars(train), "classes": train.classes[::-1]}))
 
 
-def test_each_protocol_begins_with_its_recipe():
-    given = ["--run", "x", "--data.train", "/a/cells/train", "--data.test", "/a/cells/test"]
-    linear = read_transfer([*given, "--protocol", "linear"])
-    assert (linear.train.optimizer, linear.train.base_lr, linear.train.epochs) == ("lars", 0.1, 90)
-    finetune = read_transfer([*given, "--protocol=finetune", "--train.mixup", "0"])
-    assert (finetune.train.layer_decay, finetune.train.mixup, finetune.train.cutmix) == (0.65, 0, 1)
-    assert finetune.data.auto_augment == "rand-m9-mstd0.5-inc1"
-    scratch = read_transfer([*given, "--protocol", "scratch"])
-    assert (scratch.train.weight_decay, scratch.train.ema) == (0.3, 0.9999)
-    assert dataset_name(finetune) == "cells"
-
-
-def test_names_tell_what_changes_the_meaning():
-    transfer = Transfer(protocol="partial", blocks=(0.5,), data=TransferData(train="s3://b/shards/x-{0..3}.tar"))
-    assert dataset_name(transfer) == "b"
-    assert score_name(transfer) == "partial_0.5"
-    few = Transfer(protocol="finetune", data=TransferData(label_fraction=(0.01,)))
-    assert score_name(few) == "finetune_labels_0.01"
-
-
-def test_one_command_asks_for_several_transfers():
-    sweep = units(Transfer(protocol="partial", sweep=True), depth=12)
-    assert [unit.blocks[0] for unit in sweep[:-1]] == [0, 0.5, 1, 2, 4, 8, 12]
-    assert sweep[-1].protocol == "finetune"
-    labels = Transfer(protocol="finetune", against_scratch=True, data=TransferData(label_fraction=(0.1, 1)))
-    names = [score_name(unit) for unit in units(labels, depth=12)]
-    assert names == ["finetune_labels_0.1", "scratch_labels_0.1", "finetune", "scratch"]
-
-
 def test_the_interval_is_students():
     # t(0.975, 2) = 4.3027
     assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 * 1.0 / 3**0.5)
     assert interval([1.0]) is None
     one = {"seed": 0, "val": [[1, 0], [0, 1]], "test": [[3, 1], [0, 0]], "seconds": 1.0, "chosen": {}}
-    result = summarise(Transfer(), [one], 0)
+    one["unreadable"] = [["train-000000.tar", "a"]]
+    result = summarise(Transfer(), [one])
+    assert result["unreadable"] == 1
     assert result["scores"]["test/top1"] == 75
     assert result["per_class"] == [75, 0]
     assert torch.tensor(result["confusion"]).sum() == 4

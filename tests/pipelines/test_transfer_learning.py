@@ -11,7 +11,7 @@ from torch import nn
 from pipelines.data.readers import MicroBatch
 from pipelines.storage import Store
 from pipelines.training import transfer_learning
-from pipelines.training.scores import confusion, summarise, top1
+from pipelines.training.scores import confusion, read_scored, summarise, top1
 from pipelines.training.transfer_learning import Learning, Training
 from pipelines.transfer_config import Transfer, TransferTrain
 
@@ -60,11 +60,11 @@ class Worker:
     rank, world_size, device, crew, num_classes, spool = 0, 1, torch.device("cpu"), None, CLASSES, None
     val_ids = np.arange(NUM // 2, NUM)
 
-    def __init__(self, store: Store, steps: int = 10**6, **train: Any):
+    def __init__(self, store: Store, steps: int = 10**6, seeds: tuple[int, ...] = (0, 1), **train: Any):
         values = {"epochs": 3.0, "global_size": 16, "micro_size": 8, "warmup_epochs": 0.0} | train
         # Every step is kept.
         self.transfer = Transfer(
-            protocol="finetune", seeds=(0, 1), checkpoint_minutes=1e-9, train=TransferTrain(**values)
+            protocol="finetune", seeds=seeds, checkpoint_minutes=1e-9, train=TransferTrain(**values)
         )
         self.job = SimpleNamespace(store=store, train=TRAIN, test=TEST)
         self.steps_left, self.said, self.evaluated = steps, [], []
@@ -86,6 +86,9 @@ class Worker:
 
     def left_out(self, skipped: list[dict[str, str]]) -> None:
         assert not skipped
+
+    def take_unreadable(self) -> list[tuple[str, str]]:
+        return []
 
 
 def feed(stream, steps, *, crew, num_tasks=0):
@@ -138,25 +141,52 @@ def test_the_averaged_weights_are_scored(tmp_path):
     assert (last - average).abs().max() > 1e-3
 
 
-def test_the_learning_rate_is_chosen_on_the_validation_split(tmp_path):
+def learned(worker: Worker) -> list[dict[str, Any]]:
+    """What its seeds come to."""
+    learning(worker).learn()
+    scored = [read_scored(worker.job.store, seed) for seed in worker.transfer.seeds]
+    return [one for one in scored if one is not None]
+
+
+STEPS = 3 * NUM // 2 // 16
+
+
+def test_the_learning_rate_is_chosen_once_on_the_validation_split(tmp_path):
     rates = (1e-7, 0.3, 1e-6)
     store = Store(str(tmp_path))
-    steps = 3 * NUM // 2 // 16
     # Killed in the second training: the first one is not done again.
     with pytest.raises(KilledError):
-        learning(Worker(store, steps + 5, base_lrs=rates)).learn()
+        learning(Worker(store, STEPS + 5, base_lrs=rates)).learn()
     worker = Worker(store, base_lrs=rates)
-    scored = learning(worker).learn()
+    scored = learned(worker)
     # The rest of the second, the third, and the second seed.
-    assert 10**6 - worker.steps_left <= 3 * steps - 4
+    assert 10**6 - worker.steps_left <= 3 * STEPS - 4
     tried = scored[0]["tried"]
     assert [one["base_lr"] for one in tried] == list(rates)
     assert tried[1]["validation"] > max(tried[0]["validation"], tried[2]["validation"]) + 10
     assert [one["chosen"]["base_lr"] for one in scored] == [0.3, 0.3]
     assert worker.evaluated.count("test") == 2, "the test images are read once a seed, with what was chosen"
     assert top1(torch.tensor(scored[0]["val"])) == pytest.approx(tried[1]["validation"])
-    assert summarise(worker.transfer, scored, 0)["tried"] == tried
+    assert summarise(worker.transfer, scored)["tried"] == tried
     assert not list(tmp_path.glob("**/checkpoints/*")), "no weights are left behind"
-    again = Worker(store, 0, base_lrs=rates)
-    assert learning(again).learn() == scored
-    assert again.evaluated == []
+    # Another seed, of a later command, takes what was chosen.
+    later = Worker(store, STEPS, seeds=(2,), base_lrs=rates)
+    (other,) = learned(later)
+    assert (other["chosen"]["base_lr"], other["tried"]) == (0.3, tried)
+
+
+def test_a_seed_that_has_been_scored_is_not_trained_again(tmp_path):
+    store = Store(str(tmp_path / "one"))
+    (first,) = learned(Worker(store, seeds=(0,)))
+    # Killed in the second of three: it goes on there.
+    with pytest.raises(KilledError):
+        learning(Worker(store, STEPS // 2, seeds=(0, 1, 2))).learn()
+    worker = Worker(store, 2 * STEPS - STEPS // 2, seeds=(0, 1, 2))
+    several = learned(worker)
+    assert worker.evaluated.count("test") == 2
+    assert worker.steps_left == 0
+    assert several[0] == first
+    timeless = [{**one, "seconds": 0} for one in several]
+    at_once = learned(Worker(Store(str(tmp_path / "all")), seeds=(0, 1, 2)))
+    assert timeless == [{**one, "seconds": 0} for one in at_once], "which seeds are asked for together changes nothing"
+    assert learned(Worker(store, 0, seeds=(0, 1, 2))) == several
