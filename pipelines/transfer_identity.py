@@ -9,13 +9,13 @@ from pipelines.transfer_config import CACHED, Transfer, TransferTrain, metric, r
 
 # Where a transfer runs and lies, how often it tells, what ``units`` has resolved, and the seeds, each of which has a
 # result of its own.
-_NOT_RESULT = frozenset((
+_NOT_RESULT: frozenset[str] = frozenset((
     "run", "weights", "storage", "sweep", "against_scratch", "seeds", "log_every", "checkpoint_minutes", "experiment",
     "data.train", "data.test", "data.name", "data.num_classes", "data.deadline_s", "data.cpus_per_task",
 ))  # fmt: skip
 _TRAIN = frozenset(f"train.{key}" for key in TransferTrain.model_fields)
 # Of protocol segment, whose masks must move with their images, under AdamW, on a frozen encoder.
-_NOT_SEGMENT = frozenset((
+_NOT_SEGMENT: frozenset[str] = frozenset((
     "pool", "data.auto_augment", "train.optimizer", "train.layer_decay", "train.drop_path", "train.smoothing",
     "train.mixup", "train.cutmix", "train.erasing",
 ))  # fmt: skip
@@ -23,7 +23,8 @@ _NOT_SEGMENT = frozenset((
 
 def _ignored(unit: Transfer) -> set[str]:
     """The keys that a transfer's protocol makes no use of."""
-    protocol, found = unit.protocol, set(_NOT_RESULT)
+    protocol = unit.protocol
+    found: set[str] = set(_NOT_RESULT)
     if protocol != "partial":
         found.add("blocks")
     if protocol != "knn":

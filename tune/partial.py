@@ -10,6 +10,7 @@ from pipelines.errors import UserError
 from pipelines.storage import Store, absolute
 from pipelines.tracking import resolve_tracking_uri
 from pipelines.transfer_config import units
+from pipelines.transfer_identity import as_pretrained, identity
 from tune.sections import Measured
 from tune.tables import Row, encoder_depth
 
@@ -47,8 +48,8 @@ def tune(
         raise UserError(f"the partial fine-tuning of {run} has failed: see above")
     above, scores = Store(storage).child(run).child("transfer"), dict[str, Mapping[int, float]]()
     done = [above.child(name) for name in above.names() if above.child(name).exists("result.json")]
-    for unit in units(transfer.read_transfer(asked), encoder_depth(config)):
-        wanted = transfer.identity(unit, steps, dict(digests))
+    for unit in units(as_pretrained(transfer.read_transfer(asked), config), encoder_depth(config)):
+        wanted = identity(unit, steps, dict(digests))
         for store in done:
             if json.loads(store.read("identity.json")) == wanted:
                 label = "all" if unit.protocol == "finetune" else f"{unit.blocks[0]:g}"

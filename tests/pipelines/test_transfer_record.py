@@ -46,9 +46,9 @@ def points(store, key):
     return [(line["step"], line["metrics"][key]) for line in lines if key in line.get("metrics", {})]
 
 
-def transfer_of(parent, name, right, *, step=8, **identity):
+def transfer_of(parent, name, right, *, step=8, base_lr=0.1):
     store = parent.child("transfer").child(name)
-    store.write("identity.json", json.dumps({"step": step, **identity}))
+    store.write("identity.json", json.dumps({"step": step, "train.base_lr": base_lr}))
     score(store, 0, right)
     finish(unit(0), store, CLASSES)
     return store
@@ -125,8 +125,8 @@ def test_a_run_that_has_gone_on_does_not_take_the_score(tmp_path, capsys):
 def test_the_newest_stands_and_it_is_said_what_it_replaces(tmp_path, capsys):
     parent = Store(str(tmp_path / "run"))
     end(parent)
-    first = transfer_of(parent, "cells-linear-1", 6, **{"train.base_lr": 0.1})
-    second = transfer_of(parent, "cells-linear-2", 8, **{"train.base_lr": 0.3})
+    first = transfer_of(parent, "cells-linear-1", 6, base_lr=0.1)
+    second = transfer_of(parent, "cells-linear-2", 8, base_lr=0.3)
     note_on_parent(parent, first)
     note_on_parent(parent, second)
     told = capsys.readouterr().out.splitlines()[-1]

@@ -73,7 +73,7 @@ def test_other_files_are_asked_about(tmp_path, capsys):
 @pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)])
 def test_heads_of_official_encoders_are_known_by_their_width(width, heads, tmp_path):
     config = Config.model_validate({
-        "data": {"image_size": (16, 16)},
+        "data": {"image_size": (32, 32)},
         "model": {"width": width, "depth": 1, "heads": heads, "decoder_width": 16, "decoder_depth": 1},
     })  # fmt: skip
     path = tmp_path / "encoder.safetensors"
