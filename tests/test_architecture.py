@@ -1,4 +1,4 @@
-"""Who may import whom: tune -> pipelines -> mae_core; in pipelines: jobs -> training, data, tracking -> config."""
+"""Who may import whom: tune, cluster -> pipelines -> mae_core; in it: jobs -> training, data, tracking -> config."""
 
 import ast
 import os
@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "mae_core": {"mae_core"},
     "pipelines": {"mae_core", "pipelines"},
     "tune": {"mae_core", "pipelines", "tune"},
+    "cluster": {"cluster", "pipelines"},
 }
 JOBS = ("make_shards", "check_shards", "pretrain", "transfer", "reconstruct", "compare", "estimate", "sync")
 
@@ -82,7 +83,7 @@ def test_packages_list_every_room():
     assert sorted(listed) == sorted(found)
 
 
-@pytest.mark.parametrize("room", ["pipelines", "tune"])
+@pytest.mark.parametrize("room", ["pipelines", "tune", "cluster"])
 def test_a_room_on_ray_sets_what_ray_reads_before_it_is_imported(room):
     # Else a first run on a machine without Ray's token file does not come up.
     told = "import sys, os, {}; print('ray' in sys.modules, 'RAY_AUTH_TOKEN' in os.environ)"

@@ -1,0 +1,121 @@
+"""The walk-through of the README at its smallest size, on real processes: packing, jobs, losses, the record."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+
+from cluster import members, operations, processes
+from cluster.state import BUCKET, State, read
+from tests.conftest import write_images
+
+ROOT = Path(__file__).parents[2]
+STEPS = 120
+RAY = [sys.executable, "-m", "ray.scripts.scripts", "job"]
+TINY = [
+    "--run.name", "walk", "--run.storage", f"s3://{BUCKET}/runs", "--data.train", f"s3://{BUCKET}/photos",
+    "--probe.train", f"s3://{BUCKET}/photos", "--probe.test", "", "--data.image-size", "16", "16",
+    "--model.depth", "1", "--model.width", "48", "--batch.global-size", "24", "--batch.micro-size", "8",
+    "--train.steps", str(STEPS), "--checkpoint.every-steps", "6", "--log.every", "6", "--log.pictures", "0",
+    "--scale.cpus-per-worker", "0.6", "--data.cpus-per-task", "0.4",
+]  # fmt: skip
+
+
+def on(state: State, *command: str, timeout_s: float = 120) -> str:
+    """What a command on the cluster says; it must end well."""
+    environment = state.environment() | {"PYTHONPATH": ""}
+    done = subprocess.run(
+        [*command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def submit(state: State, job: str, workers: int) -> None:
+    recipe = ["--config", "pipelines/recipes/digits.toml", *TINY, "--scale.workers", str(workers)]
+    submitted = [*RAY, "submit", "--no-wait", "--submission-id", job, "--working-dir", "."]
+    on(state, *submitted, "--", "python", "pipelines/pretrain.py", *recipe)
+
+
+def logs(state: State, job: str) -> str:
+    return on(state, *RAY, "logs", job)
+
+
+def step_of(told: str) -> int:
+    """The last step that a job's log tells of."""
+    return max((int(step) for step in re.findall(rf"step +(\d+) of {STEPS}  loss", told)), default=-1)
+
+
+def nodes_with_workers(state: State) -> set[str]:
+    return {
+        node.name
+        for node in state.nodes
+        for process in processes.marked(state.mark(node.name))
+        if process.is_running() and processes.process_name(process).startswith("ray::RayTrain")
+    }
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)
+def test_the_walk_through(tmp_path):
+    write_images(tmp_path / "photos", 96)
+    state = operations.up(tmp_path / "cluster", nodes=3, cpus=1, store_mib=100)
+    try:
+        packed = ["--source", str(tmp_path / "photos"), "--out", f"s3://{BUCKET}/photos", "--workers", "1"]
+        assert "packed 96 images" in on(state, sys.executable, "-m", "pipelines.make_shards", *packed)
+
+        submit(state, "two", workers=2)
+        processes.wait_until(lambda: step_of(logs(state, "two")) >= 12, 240, lambda: logs(state, "two"))
+        assert len(nodes_with_workers(state)) == 2
+        on(state, *RAY, "stop", "two")
+        assert step_of(logs(state, "two")) < STEPS, "it had finished before it was stopped"
+
+        submit(state, "three", workers=3)
+        processes.wait_until(lambda: step_of(logs(state, "three")) > 0, 240, lambda: logs(state, "three"))
+        assert nodes_with_workers(state) == {"node-1", "node-2", "node-3"}
+        assert re.search(r"continuing from the checkpoint of step \d+", logs(state, "three"))
+        operations.kill(state, "node-2")
+        assert operations.add(state).name == "node-4"
+
+        def finished() -> bool:
+            told = on(state, *RAY, "status", "three")
+            assert "FAILED" not in told, logs(state, "three")
+            return "SUCCEEDED" in told
+
+        processes.wait_until(finished, 420, lambda: logs(state, "three"))
+        assert f"run 'walk' finished: {STEPS} steps" in logs(state, "three")
+        check_what_is_left(state)
+
+        known = members.ray_nodes(state)
+        assert known is not None
+        assert {name: one["state"] for name, one in known.items()}["node-2"] == "DEAD"
+        operations.drain(state, "node-1", deadline_s=30, reason="a test")
+        known = members.ray_nodes(state)
+        assert known is not None
+        assert known["node-1"]["state"] == "DEAD"
+        assert known["node-4"]["state"] == "ALIVE"
+    finally:
+        state = read(state.folder)
+        operations.down(state)
+    assert not processes.marked(state.mark(), state.ray_dir)
+
+
+def check_what_is_left(state: State) -> None:
+    """Checkpoints in the store, each point of the record once on the server, the probe's score."""
+    store = pafs.S3FileSystem(access_key="local", secret_key="local", region="us-east-1", endpoint_override=state.s3)
+    checkpoints = store.get_file_info(pafs.FileSelector(f"{BUCKET}/runs/walk/checkpoints"))
+    assert f"step-{STEPS:08d}" in {info.base_name for info in checkpoints}
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=state.mlflow)
+    experiment = client.get_experiment_by_name("mae-on-ray")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(6, STEPS + 1, 6))
+    assert "probe/knn_top1" in run.data.metrics
