@@ -10,7 +10,8 @@
 
 Every node is a raylet of its own (`ray start`) with an address of its own, so that to Ray they are different machines.
 They share this machine's cores: --cpus is what a node offers Ray, not what it has. The head offers none; there the
-drivers of jobs run. All listens on loopback, and Ray asks for a token.
+drivers of jobs run. Dashboard, MLflow and S3 listen on loopback; Ray's other ports listen everywhere, and those that
+take orders ask for a token.
 """
 
 import difflib

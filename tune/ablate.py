@@ -300,7 +300,9 @@ def _publish(ready: _Ready, measured: Sequence[Measured]) -> None:
     assert labelled is not None
     steps = total_steps(ready.config, ready.images.train.num_samples)
     seeds = f"{ablation.seeds} seeds, +- the 95 % interval of the mean" if ablation.seeds > 1 else "one seed"
-    split = f"a validation split of {labelled.num_samples:,} labelled images"
+    probe = ready.config.probe
+    looked_at = min(probe.samples or labelled.num_samples, labelled.num_samples)
+    split = f"a validation split, {100 * probe.val_share:g} % of {looked_at:,} labelled images"
     split = "the test images" if ablation.table == "fig9" else split
     setting = (
         f"The recipe `{ablation.run.name}`: {ready.config.model.arch}, {ready.images.train.num_samples:,} images of "

@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from jsonschema.protocols import Validator
 
 from pipelines.pretrain import read_config
 
@@ -38,7 +39,7 @@ def manifest() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def check() -> jsonschema.protocols.Validator:
+def check() -> Validator:
     if not SCHEMA.exists():
         pytest.skip(f"no schema of KubeRay's RayJob at {SCHEMA}")
     return jsonschema.Draft202012Validator(strict(json.loads(SCHEMA.read_text())))
