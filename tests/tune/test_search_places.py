@@ -31,7 +31,7 @@ def children(uri, name):
     below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     files = {file.path for folder in ("", "pictures") for file in client.list_artifacts(parent.info.run_id, folder)}
     assert {"best.toml", "table.txt", "pictures/cost.png"} <= files
-    return {run.info.run_name: run for run in below}
+    return {str(run.info.run_name): run for run in below}
 
 
 @pytest.mark.chaos
@@ -65,6 +65,7 @@ def test_a_search_in_an_object_store(shards, tmp_path, short_folder, monkeypatch
     below = children(uri, "far")
     assert set(below) == set(trials)
     for name, run in below.items():
+        assert name is not None
         assert run.data.metrics["probe/linear_top1"] == trials[name].score
         assert run.info.status == "FINISHED"
 
