@@ -20,6 +20,7 @@ from pipelines.tracking import RunRecord, Sent, adopt, client_tracking_uri, reco
 POLL_S = 2.0
 RETRY_LIMIT_S = 60.0
 LAST_ATTEMPT_S = 30.0
+DYING_S = 10.0
 
 
 def answer(**fields: object) -> None:
@@ -139,8 +140,13 @@ def follow(folder: Path, uri: str, trainer_pid: int) -> int:
         wait_s = min(2 * wait_s, RETRY_LIMIT_S) if problem else POLL_S
     words = parent.said.split()
     end_after(float(words[1]) if words else LAST_ATTEMPT_S)
+    deadline = time.monotonic() + DYING_S
     for one in sender.folders() if not words else ():
         status, writer = last_status(one)
+        # A trial's process finds out after its driver's death that its Ray is gone.
+        while status == "RUNNING" and not is_dead(writer, writer_name(trainer_pid)) and time.monotonic() < deadline:
+            time.sleep(POLL_S / 4)
+            status, writer = last_status(one)
         # The trainer died without a word. Unless it has begun again elsewhere, nobody else will say so.
         if status == "RUNNING" and is_dead(writer, writer_name(trainer_pid)):
             spool = Spool(one)

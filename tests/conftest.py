@@ -66,3 +66,19 @@ def shards(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> dict[st
             path.write_bytes(path.read_bytes()[:200])
         assert main(["--source", str(root / f"{split}-images"), "--out", str(root / split), "--split", split]) == 0
     return {split: str(root / split) for split in ("train", "test")}
+
+
+@pytest.fixture
+def cluster(ray_local: None) -> Iterator[dict[str, str]]:
+    """A Ray head with dashboard; the environment that reaches it."""
+    from tests.jobs import head
+
+    with head() as environment:
+        yield environment
+
+
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """A folder for Ray: socket paths have a length limit."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        yield folder

@@ -75,6 +75,7 @@ class _Progress(ray.tune.Callback):
 
     def __init__(self, journal: Journal, study: Study, planned: int, learned: Callable[[], None]):
         self._journal, self._study, self._planned, self._learned = journal, study, planned, learned
+        self._shown: dict[str, int] = {}  # the last step of each trial
 
     def _say(self, trial: TuneTrial, text: str) -> None:
         name = self._study.cell(trial.config).name
@@ -89,6 +90,10 @@ class _Progress(ray.tune.Callback):
             self._say(trial, f"failed: {reason}")
             return
         known = self._journal.trials[self._study.cell(trial.config).name]
+        if result["step"] <= self._shown.get(known.name, 0):
+            # Done again by another process.
+            return
+        self._shown[known.name] = result["step"]
         # A last score is noted after this.
         state = "finished" if result["done"] and known.state == "running" else known.state
         end = {"running": "", "stopped": "  stopped", "finished": "  finished"}.get(state, "")
@@ -98,20 +103,22 @@ class _Progress(ray.tune.Callback):
         self._say(trial, f"failed: {self._journal.trials[self._study.cell(trial.config).name].reason}")
 
 
-class _Ending(ray.tune.Stopper):
+class Ending(ray.tune.Stopper):
     """Ends all trials when the user wants to stop."""
 
     wanted = False
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
-        return self.wanted
+        """No: a trial that ended at a report of its own would count as finished."""
+        return False
 
     def stop_all(self) -> bool:
+        """Whether all end now."""
         return self.wanted
 
 
 @contextmanager
-def _interruptible(ending: _Ending, sign: Any) -> Iterator[None]:
+def _interruptible(ending: Ending, sign: Any) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the search in order; a second one at once."""
 
     def handle(number: int, _: Any) -> None:
@@ -135,6 +142,39 @@ def listed(cells: Sequence[Cell]) -> dict[str, Any]:
     return {CELL: ray.tune.grid_search([{"values": dict(cell.values), "seed": cell.seed} for cell in cells])}
 
 
+class _Distinct(OptunaSearch):
+    """Optuna's sampler (TPE), which suggests no point twice: two trials of one point would be one run."""
+
+    def __init__(self, space: Space, known: list[dict[str, Any]], seed: int):
+        super().__init__(space.optuna(), metric=SCORE, mode="max", points_to_evaluate=known or None, seed=seed)
+        self._points = space
+        self._suggested: set[tuple[Any, ...]] = set()
+        self._asked: dict[str, str] = {}  # under which name a trial's point was asked for
+        self._num_asked = 0
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next point; the space has one more."""
+        while True:
+            asked = str(self._num_asked)
+            self._num_asked += 1
+            values = super().suggest(asked)
+            assert values is not None
+            point = tuple(sorted(self._points.snapped(values).items()))
+            if point not in self._suggested:
+                self._suggested.add(point)
+                self._asked[trial_id] = asked
+                return values
+            super().on_trial_complete(asked, error=True)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Passed on."""
+        super().on_trial_result(self._asked[trial_id], result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Passed on."""
+        super().on_trial_complete(self._asked[trial_id], result, error)
+
+
 def optuna(space: Space, journal: Journal, seeds: int, seed: int) -> Searcher:
     """Optuna's sampler (TPE), which learns from the trials before a restart as they report again.
 
@@ -149,7 +189,7 @@ def optuna(space: Space, journal: Journal, seeds: int, seed: int) -> Searcher:
         if trial.values not in known:
             known.append(dict(trial.values))
     logging.getLogger("optuna").setLevel(logging.WARNING)
-    search = OptunaSearch(space.optuna(), metric=SCORE, mode="max", points_to_evaluate=known or None, seed=seed)
+    search = _Distinct(space, known, seed)
     return Repeater(search, repeat=seeds) if seeds > 1 else search
 
 
@@ -192,7 +232,7 @@ def run_trials(
     }
     # It warns of the files that are left out, and shows failures whole: the journal has their reasons.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    ending = _Ending()
+    ending = Ending()
     trainable = ray.tune.with_resources(ray.tune.with_parameters(PretrainingTrial, study=study), study.resources)
     tuner = ray.tune.Tuner(
         trainable,

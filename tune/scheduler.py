@@ -27,7 +27,8 @@ class JournalingScheduler(FIFOScheduler):
     def __init__(self, inner: TrialScheduler, journal: Journal, study: Study):
         super().__init__()
         self._inner, self._journal, self._study = inner, journal, study
-        self._died: dict[str, float] = {}  # seconds that a trial had taken when its process died
+        # Seconds of this search that a trial had taken when its process died; what came before it counts by itself.
+        self._died: dict[str, float] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Passed on."""
@@ -71,7 +72,8 @@ class JournalingScheduler(FIFOScheduler):
         Tune may begin it again; then it is added once more.
         """
         cell = self._study.cell(trial.config)
-        self._died[cell.name] = self._journal.trials[cell.name].seconds
+        before = self._study.past.get(cell.name)
+        self._died[cell.name] = self._journal.trials[cell.name].seconds - (before.seconds if before else 0.0)
         self._journal.fail(cell, "its process died")
         self._inner.on_trial_error(tune_controller, trial)
 

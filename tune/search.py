@@ -200,7 +200,8 @@ class _Ready:
     @property
     def planned(self) -> int:
         """Trials in all."""
-        return len(self.cells) or self.search.samples * self.search.seeds
+        points = min(self.search.samples, self.space.size or self.search.samples)
+        return len(self.cells) or points * self.search.seeds
 
 
 def read_search(argv: Sequence[str] | None = None) -> _Ready:

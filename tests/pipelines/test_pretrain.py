@@ -4,12 +4,9 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +16,13 @@ import safetensors.torch
 import timm
 
 from benchmarks.audit import CONTINUED
+from benchmarks.nodes import free_ports, wait_until
 from mae_core.weights import encoder_state, load_official
 from pipelines.config import identity, identity_hash
 from pipelines.data.plan import Plan
 from pipelines.errors import UserError
 from pipelines.pretrain import main, open_run, read_config, resolve
+from tests.jobs import left_behind, submit
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -197,22 +196,6 @@ def command(arguments, log, **environment):
             wait_until(lambda: not left_behind(folder), 60, lambda: f"still there: {left_behind(folder)}")
 
 
-def left_behind(folder):
-    """Processes of a Ray that lives in a folder."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(folder in part for part in process.info["cmdline"] or ()):
-            found.append(process.info["cmdline"][:3])
-    return found
-
-
-def wait_until(condition, seconds, told=lambda: "waited in vain"):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, told()
-        time.sleep(0.05)
-
-
 def steps_done(folder):
     try:
         return max(points(folder), default=0)
@@ -272,59 +255,15 @@ def test_kills_change_nothing(recipe, shards, tmp_path, capfd):
         assert np.array_equal(value, weights[name]), name
 
 
-def free_ports(count):
-    """Ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-@pytest.fixture
-def cluster(ray_local) -> Iterator[dict[str, str]]:
-    """A Ray head with dashboard, as on a cluster, token authentication on; the environment that reaches it."""
-    port, gcs, agent = free_ports(3)
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_JOB")}
-        assert environment["RAY_AUTH_MODE"] == "token"
-        head = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "3",
-            "--port", str(gcs), "--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1",
-            "--dashboard-port", str(port), "--dashboard-agent-listen-port", str(agent), "--temp-dir", folder,
-        ]  # fmt: skip
-        log = Path(folder) / "head.log"
-        with log.open("wb") as file:
-            process = subprocess.Popen(head, env=environment, stdout=file, stderr=file, start_new_session=True)
-        try:
-            wait_until(lambda: "Ray runtime started" in log.read_text(), 60, log.read_text)
-            yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
-        finally:
-            # Asked to end, it takes longer than the 20 s that one would give it.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            wait_until(lambda: not left_behind(folder), 60, lambda: f"still there: {left_behind(folder)}")
-
-
 @pytest.mark.timeout(600)
 def test_as_a_job_on_a_cluster_without_its_mlflow_server(cluster, recipe, shards, tmp_path):
     (nobody,) = free_ports(1)
-    ray_command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
     recipe_in_checkout = ROOT / "pipelines" / "recipes" / "digits.toml"
     submitted = arguments(str(recipe_in_checkout.relative_to(ROOT)), shards, tmp_path, "job")
     tiny = ["--train.steps", "8", "--log.every", "4", "--data.image-size", "16", "16", "--model.patch-size", "4",
             "--model.depth", "1", "--probe.train", "", "--probe.test", ""]  # fmt: skip
-    environment = json.dumps({"env_vars": {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{nobody}"}})
-    command = [*ray_command, "--working-dir", ".", "--runtime-env-json", environment, "--"]
-    command += [sys.executable, "pipelines/pretrain.py", *submitted, *tiny]
-    done = None
-    for _ in range(30):
-        done = subprocess.run(command, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=240)
-        # The head's agent that takes jobs comes up some seconds after the head.
-        if "No available agent" not in done.stdout + done.stderr:
-            break
-        time.sleep(2)
-    assert done is not None
+    command = ["pipelines/pretrain.py", *submitted, *tiny]
+    done = submit(cluster, command, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{nobody}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 8 of 8  loss" in done.stdout
     assert "no MLflow run yet" in done.stdout + done.stderr

@@ -10,7 +10,7 @@ from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.storage import Store
 from pipelines.transfer_config import units
-from tests.tune.test_search import RECIPE, journal, left_over
+from tests.tune.searches import RECIPE, journal, left_over
 from tune.ablate import main, prepare, read_ablation
 from tune.journal import Cell, Journal
 from tune.partial import arguments, tune

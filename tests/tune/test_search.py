@@ -1,58 +1,20 @@
-"""Whole searches, for real: trials, their record, a kill in the middle, and what is refused."""
+"""Whole searches, for real: trials, their record, seeds and the final run, and what is refused."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import tomllib
 from pathlib import Path
 
 import pytest
-import ray
 
+from pipelines.config import total_steps
 from pipelines.errors import UserError
+from pipelines.make_shards import main as make_shards
+from pipelines.pretrain import read_config
 from pipelines.spool import read_spool
+from tests.conftest import write_images
+from tests.tune.searches import SPACE, arguments, journal, left_over
 from tune.search import main, read_search
 
-ROOT = Path(__file__).parents[2]
-RECIPE = """
-[data]
-image_size = [16, 16]
-mean = [0.5, 0.5, 0.5]
-std = [0.25, 0.25, 0.25]
-cpus_per_task = 0.5
-[model]
-arch = "vit_tiny_patch16_224"
-patch_size = 4
-width = 24
-depth = 2
-heads = 2
-decoder_width = 16
-decoder_depth = 1
-decoder_heads = 2
-[batch]
-global_size = 40
-micro_size = 20
-[optim]
-base_lr = 1e-2
-warmup_epochs = 1.0
-[train]
-steps = 24
-[scale]
-cpus_per_worker = 0.5
-[probe]
-val_share = 0.3
-[log]
-every = 6
-"""
-SPACE = """
-["model.mask_ratio"]
-values = [0.25, 0.5, 0.75]
-["model.decoder_width"]
-values = [16, 32]
-"""
 # At the larger rate nothing is finite for long.
 HALF_BROKEN = """
 ["model.mask_ratio"]
@@ -64,38 +26,24 @@ values = [1e-2, 1e30]
 
 @pytest.fixture
 def command(shards, tmp_path):
-    """Arguments of a search; the space is given as text."""
+    """Arguments of a search."""
 
-    def write(*more, space=SPACE, name="found"):
-        (tmp_path / "recipe.toml").write_text(RECIPE)
-        (tmp_path / "space.toml").write_text(space)
-        files = ["--config", str(tmp_path / "recipe.toml"), "--space", str(tmp_path / "space.toml")]
-        data = ["--data.train", shards["train"], "--probe.train", shards["train"]]
-        return [*files, *data, "--run.storage", str(tmp_path / "runs"), "--run.name", name, *more]
+    def write(*more, **options):
+        return arguments(tmp_path, shards, *more, **options)
 
     return write
 
 
 @pytest.fixture
-def short_folder():
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        yield folder
-
-
-def journal(folder):
-    """What each trial has come to: its reports, and its last state."""
-    found = {}
-    for line in (folder / "journal.jsonl").read_text().splitlines():
-        value = json.loads(line)
-        known = found.setdefault(value["trial"], {"steps": [], "values": value["values"]})
-        known |= {"state": value["state"], "reason": value.get("reason", "")}
-        known["steps"] += [value["step"]] if "step" in value else []
-    return found
-
-
-def left_over():
-    """Places that some run still claims."""
-    return [one for one in ray.util.placement_group_table().values() if one["state"] != "REMOVED"]
+def doubtful(shards, tmp_path):
+    """Labelled shards a part of whose labels is wrong, so that no score is 100 %."""
+    write_images(tmp_path / "images", 300, seed=2)
+    for i in range(0, 300, 2):
+        name, wrong = f"{i:04d}.jpg", f"class{i // 2 % 3}"
+        (tmp_path / "images" / f"class{i % 3}" / name).rename(tmp_path / "images" / wrong / name)
+    where = str(tmp_path / "doubtful")
+    assert make_shards(["--source", str(tmp_path / "images"), "--out", where, "--split", "train"]) == 0
+    return where
 
 
 def test_a_search_finds_a_recipe_and_leaves_nothing_behind(command, tmp_path, capfd):
@@ -172,38 +120,80 @@ def test_a_search_finds_a_recipe_and_leaves_nothing_behind(command, tmp_path, ca
     assert (folder / "journal.jsonl").read_text() == before, "what is known is not trained again"
 
 
-@pytest.mark.chaos
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("sampler", ["random", "optuna"])
-def test_an_interrupted_search_goes_on_where_it_was(command, tmp_path, short_folder, sampler):
-    how = ["--samples", "3", "--sampler", sampler, "--reports", "4", "--scheduler", "none", "--concurrent", "1"]
-    asked = command(*how, name="killed")
-    run = [sys.executable, "-u", "-m", "tune.search", *asked]
-    # Socket paths have a length limit.
-    environment = {**os.environ, "RAY_TMPDIR": short_folder}
-    folder = tmp_path / "runs" / "killed"
-    with subprocess.Popen(run, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        reports = 0
-        for line in process.stdout:
-            reports += "%" in line
-            if reports == 6:
-                break
-        process.send_signal(signal.SIGINT)
-        rest = process.stdout.read()
-        assert process.wait(60) == 130, rest
-    before = journal(folder)
-    assert sorted(one["state"] for one in before.values()) == ["finished", "running"]
-    done = subprocess.run([*run, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    after = journal(folder)
-    assert {one["state"] for one in after.values()} == {"finished"}
-    assert len(after) == 3
-    # Nothing was reported twice, and the one that was cut went on from its checkpoint.
-    assert all(one["steps"] == [6, 12, 18, 24] for one in after.values())
-    (cut,) = [name for name, one in before.items() if one["state"] == "running"]
-    lines = [line for line, _ in read_spool(folder / "trials" / cut / "metrics.jsonl") if line]
-    assert [line["status"] for line in lines if "status" in line] == ["RUNNING", "KILLED", "RUNNING", "FINISHED"]
+@pytest.mark.chaos  # for its minute alone
+def test_trials_of_several_workers_leave_no_place_behind(command, doubtful, tmp_path):
+    # Ray Train runs inside of these, with a placement group of its own; one of a reduction of 4 goes on.
+    space = '["optim.base_lr"]\nvalues = [1e-2, 1e-3, 1e-4, 1e30]\n'
+    how = ["--sampler", "grid", "--reports", "4", "--reduction", "4", "--probe.train", doubtful]
+    workers = ["--scale.workers", "2", "--scale.cpus-per-worker", "0.4"]
+    assert main(command(*how, *workers, space=space)) == 0
+    trials = journal(tmp_path / "runs" / "found").values()
+    assert {one["state"] for one in trials} == {"finished", "stopped", "failed"}
+    assert all(one["steps"] == [6, 12, 18, 24][: len(one["steps"])] for one in trials)
+    assert left_over() == []
+
+
+@pytest.mark.chaos  # for its minute alone
+def test_seeds_are_ranked_by_their_mean_and_the_best_reads_the_test_set_once(
+    command, doubtful, shards, tmp_path, capfd
+):
+    from mlflow import MlflowClient
+
+    def asked(*more):
+        how = ["--sampler", "grid", "--scheduler", "none", "--seeds", "2", "--reports", "2"]
+        final = ["--final", "--final-factor", "2", "--probe.test", shards["test"]]
+        return command(
+            *how, *final, "--probe.train", doubtful, *more, space='["model.mask_ratio"]\nvalues = [0.25, 0.75]\n'
+        )
+
+    assert main(asked()) == 0
+    out = capfd.readouterr().out
+    folder = tmp_path / "runs" / "found"
+    trials = journal(folder)
+    assert len(trials) == 4
+    assert all((one["state"], one["steps"]) == ("finished", [12, 24]) for one in trials.values())
+    scores = {0.25: {}, 0.75: {}}
+    for line in (folder / "journal.jsonl").read_text().splitlines():
+        value = json.loads(line)
+        if value["state"] == "finished":
+            scores[value["values"]["model.mask_ratio"]][value["seed"]] = value["score"]
+    assert [sorted(by_seed) for by_seed in scores.values()] == [[0, 1], [0, 1]]
+
+    means = {ratio: (by_seed[0] + by_seed[1]) / 2 for ratio, by_seed in scores.items()}
+    ranked = sorted(means, key=lambda ratio: -means[ratio])
+    rows = [line.split() for line in (folder / "table.txt").read_text().splitlines()[1:]]
+    for place, (row, ratio) in enumerate(zip(rows, ranked, strict=True), 1):
+        # Student's t of one degree of freedom: 12.706, and the standard error of two is half their distance.
+        half = 12.706 * abs(scores[ratio][0] - scores[ratio][1]) / 2
+        assert row[:2] == [str(place), str(ratio)]
+        assert float(row[2]) == pytest.approx(means[ratio], abs=0.01)
+        assert float(row[5]) == pytest.approx(half, abs=0.01)
+        assert row[6] == "2"
+
+    best, final = (read_config(["--config", str(folder / name)]) for name in ("best.toml", "final.toml"))
+    assert best.model.mask_ratio == final.model.mask_ratio == ranked[0]
+    assert (total_steps(best, 300), total_steps(final, 300)) == (24, 48)
+    assert best.probe.test == final.probe.test == shards["test"]
+    assert final.run.name == "found-final"
+
+    # Of the test set there is one score, that of the final run.
+    seen = {}
+    for spool in (tmp_path / "runs").rglob("metrics.jsonl"):
+        values = [line["metrics"] for line, _ in read_spool(spool) if line and "metrics" in line]
+        seen[spool.parent.name] = sum("test/linear_top1" in metrics for metrics in values)
+    assert seen == {"found": 0, "found-final": 1, **dict.fromkeys(trials, 0)}
+    result = json.loads((tmp_path / "runs" / "found-final" / "result.json").read_text())
+    assert result["step"] == 48
+    assert f"{result['scores']['test/linear_top1']:.1f} %" in out
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'mae-on-ray'")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs["found-final"].data.metrics["test/linear_top1"] == result["scores"]["test/linear_top1"]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    capfd.readouterr()
+    assert main(asked("--resume")) == 0
+    assert "'found-final' has finished already" in capfd.readouterr().out
+    assert left_over() == []
 
 
 @pytest.mark.parametrize(

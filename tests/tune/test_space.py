@@ -7,6 +7,9 @@ import pytest
 from pipelines.cli import load_toml
 from pipelines.config import Config
 from pipelines.errors import UserError
+from pipelines.storage import Store
+from tune.journal import Cell, Journal
+from tune.running import optuna
 from tune.space import Axis, Space, check_points, load_space, with_values
 
 ROOT = Path(__file__).parents[2]
@@ -98,17 +101,43 @@ def test_order_and_comments_change_neither_digest_nor_points(tmp_path):
 
 
 def test_optuna_draws_points_of_the_space(tmp_path):
-    import optuna
+    from optuna import create_study
+    from optuna.samplers import RandomSampler
 
     space = read(tmp_path, RATIO + WIDTH + '["optim.base_lr"]\nlow = 1e-4\nhigh = 1e-2\nlog = true\n'
                                            '["model.depth"]\nlow = 2\nhigh = 6\nstep = 2\n')  # fmt: skip
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study = create_study(sampler=RandomSampler(seed=0))
     grid = {tuple(point[key] for key in ("model.mask_ratio", "model.decoder_width")) for point in space.grid(2)}
     for _ in range(20):
         point = space.snapped(study.ask(space.optuna()).params)
         assert (point["model.mask_ratio"], point["model.decoder_width"]) in grid
         assert point["model.depth"] in (2, 4, 6)
         assert 1e-4 <= point["optim.base_lr"] <= 1e-2
+
+
+def test_optuna_suggests_no_point_twice_and_goes_on_after_those_that_are_known(tmp_path):
+    space = read(tmp_path, '["model.mask_ratio"]\nlow = 0.3\nhigh = 0.9\nstep = 0.1\n')
+    assert space.size == 7
+
+    def suggested(journal):
+        search = optuna(space, journal, seeds=1, seed=0)
+        for place in range(7):
+            values = search.suggest(f"t{place}")
+            assert values is not None
+            found = space.snapped(values)
+            yield found
+            search.on_trial_result(f"t{place}", {"score": 1.0, "training_iteration": 1})
+            # That one ratio is the best draws the sampler to it.
+            search.on_trial_complete(f"t{place}", {"score": -abs(found["model.mask_ratio"] - 0.6)})
+
+    journal = Journal(Store(str(tmp_path)))
+    points = list(suggested(journal))
+    assert sorted(point["model.mask_ratio"] for point in points) == [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    for point in points[:3]:
+        journal.begin(Cell(point, 0))
+    again = list(suggested(journal))
+    assert again[:3] == points[:3]
+    assert sorted(point["model.mask_ratio"] for point in again) == [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 
 
 @pytest.mark.parametrize(
