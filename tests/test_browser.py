@@ -26,14 +26,28 @@ from selenium.common.exceptions import (
 )
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
+from pipelines.config import Config, flat
 from pipelines.spool import Spool
-from pipelines.tracking import RunDescription, RunRecord, create_run, quiet_environment, resolve_tracking_uri, send
+from pipelines.tracking import (
+    RunDescription,
+    RunRecord,
+    create_run,
+    quiet_environment,
+    resolve_tracking_uri,
+    send,
+    start_follower,
+    write_record,
+)
 
 # Two pretraining runs and what their features are worth.
 SCORES = {"ratio-75": (96.31, 93.94), "ratio-50": (94.72, 91.57)}
 COLOURS = {"ratio-75": "navy", "ratio-50": "darkorange"}
+# A search's trials: mask ratio and decoder width, and top-1 of the linear probe.
+TRIALS = {(0.5, 64): 41.2, (0.5, 256): 43.0, (0.75, 64): 52.1, (0.75, 256): 51.4, (0.9, 64): 33.9, (0.9, 256): 35.5}
+AXES = ("model.mask_ratio", "model.decoder_width", "probe/linear_top1")
 # What the page answers while it is still being drawn.
 NOT_YET = (StaleElementReferenceException, ElementNotInteractableException, ElementClickInterceptedException)
 KEYS = ("transfer/digits/linear_top1", "transfer/digits/knn_top1")
@@ -151,6 +165,7 @@ def chromium(path: str, profile: Path) -> Iterator[webdriver.Chrome]:
         "--no-proxy-server",
         "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
         "--window-size=1280,900",
+        "--enable-unsafe-swiftshader",  # MLflow draws parallel coordinates with WebGL
         f"--user-data-dir={profile}",
     ):
         options.add_argument(flag)
@@ -182,6 +197,12 @@ def click(wait: WebDriverWait, path: str) -> None:
         return True
 
     wait.until(clicked, f"nothing to click on at {path}")
+
+
+def close_panel(driver: webdriver.Chrome) -> None:
+    """Closes the panel beside the page."""
+    for button in driver.find_elements(By.CSS_SELECTOR, "button[aria-label='Close']"):
+        driver.execute_script("arguments[0].click()", button)  # one of them lies hidden
 
 
 def body(driver: webdriver.Chrome) -> str:
@@ -250,10 +271,88 @@ def see_the_scores(driver: webdriver.Chrome, wait: WebDriverWait, address: str, 
         assert all(abs(value.rect["y"] - name.rect["y"]) < 20 for value in values)
         assert values[0].rect["x"] < values[1].rect["x"]
     if where := os.environ.get("MAE_SCREENSHOT"):
-        for button in driver.find_elements(By.CSS_SELECTOR, "button[aria-label='Close']"):
-            driver.execute_script("arguments[0].click()", button)  # one of them lies hidden
+        close_panel(driver)
         driver.set_window_size(1280, 1150)
         title = driver.find_element(By.XPATH, "//*[text()='Run details']")
         driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", title)
         time.sleep(1)  # the columns move when the panel beside them closes
+        assert driver.save_screenshot(where)
+
+
+def record_search(storage: Path) -> tuple[str, list[str]]:
+    """A search whose trials have ended, as its driver's follower sends it; the ids in MLflow."""
+    uri, folder = resolve_tracking_uri(str(storage)), storage / "found"
+    about_search = RunDescription(experiment="digits", name="found", tags={"mae.kind": "search"})
+    parent = create_run(folder, about_search, tracking_uri=uri, timeout_s=60)
+    assert parent is not None
+    trials = []
+    for (ratio, width), score in TRIALS.items():
+        name = f"decoder_width_{width}-mask_ratio_{ratio}"
+        config = Config.model_validate({
+            "model": {"mask_ratio": ratio, "decoder_width": width}, "run": {"name": name},
+        })  # fmt: skip
+        told = RunDescription(experiment="digits", name=name, params=flat(config), parent_run_id=parent)
+        trials.append(folder / "trials" / name)
+        write_record(trials[-1], told, tracking_uri=uri)
+        spool = Spool(trials[-1])
+        spool.status("RUNNING")
+        for step, share in ((100, 0.8), (200, 1.0)):
+            spool.metrics(step, {"train/loss": 1 / step, "probe/knn_top1": share * score - 5, AXES[2]: share * score})
+        spool.status("FINISHED")
+        spool.close()
+    assert start_follower(folder).stop(timeout_s=60)
+    ids = [RunRecord.read(trial).mlflow_run_id for trial in trials]
+    return parent, [one for one in ids if one]
+
+
+def test_the_ui_draws_a_searchs_trials_as_parallel_coordinates(browser_path: str, tmp_path: Path):
+    parent, trials = record_search(tmp_path)
+    assert len(trials) == len(TRIALS)
+    with mlflow_ui(tmp_path) as address:
+        wait_for_ui(address)
+        with chromium(browser_path, tmp_path / "profile") as driver:
+            wait = WebDriverWait(driver, 30, ignored_exceptions=NOT_YET)
+            driver.get(f"{address}/#/experiments/1/runs")
+            click(wait, f"//*[@role='gridcell'][.//a[contains(@href, '{parent}')]]//button")
+            for run in trials:
+                click(wait, f"//*[@role='row'][.//a[contains(@href, '{run}')]]//input[@type='checkbox']")
+            click(wait, "//*[@data-testid='runs-compare-button']")
+            choose(driver, wait)
+            see_the_axes(driver, wait)
+
+
+def axes(driver: webdriver.Chrome) -> dict[str, list[str]]:
+    """The axes of the plot, by their titles from left to right, with what stands at their ticks."""
+    read = """
+        return [...document.querySelectorAll('.pcp-plot .y-axis')].map(axis => [
+            axis.querySelector('.axis-title').textContent,
+            [...axis.querySelectorAll('.tick text')].map(tick => tick.textContent),
+        ]);
+    """
+    return dict(driver.execute_script(read))
+
+
+def choose(driver: webdriver.Chrome, wait: WebDriverWait) -> None:
+    """Asks for the score alone; the parameters that differ, and the names of the runs, are there by themselves."""
+    wait.until(lambda _: set(AXES[:2]) <= axes(driver).keys(), "the parameters of the trials are no axes")
+    close_panel(driver)
+    for unwanted in ("run.name", "train/loss"):
+        click(wait, f"//span[text()='{unwanted}']/following-sibling::span[@unselectable]")
+    click(wait, "//div[.='Metrics:']/following-sibling::div[1]")
+    click(wait, f"//*[contains(@class, 'select-item-option')][.='{AXES[2]}']")
+    driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+
+
+def see_the_axes(driver: webdriver.Chrome, wait: WebDriverWait) -> None:
+    """Mask ratio, decoder width and accuracy are axes of numbers over the range of the trials."""
+    wait.until(lambda _: set(AXES) == axes(driver).keys(), "the axes are not those that were asked for")
+    seen = axes(driver)
+    ranges = (*zip(*TRIALS, strict=True), TRIALS.values())
+    for name, values in zip(AXES, ranges, strict=True):
+        ticks = [float(tick.replace("\u2212", "-")) for tick in seen[name]]
+        assert ticks, name
+        assert min(values) <= min(ticks) <= max(ticks) <= max(values), (name, ticks)
+    if where := os.environ.get("MAE_SCREENSHOT_SEARCH"):
+        driver.set_window_size(1280, 740)
+        time.sleep(1)  # the lines are drawn after the axes
         assert driver.save_screenshot(where)
