@@ -10,33 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.nodes import cluster
+from tests.tune.searches import arguments
 
 ROOT = Path(__file__).parents[2]
-RECIPE = """
-[data]
-image_size = [16, 16]
-mean = [0.5, 0.5, 0.5]
-std = [0.25, 0.25, 0.25]
-cpus_per_task = 0.5
-[model]
-arch = "vit_tiny_patch16_224"
-patch_size = 4
-width = 24
-depth = 2
-heads = 2
-decoder_width = 16
-decoder_depth = 1
-decoder_heads = 2
-[batch]
-global_size = 40
-micro_size = 20
-[train]
-steps = 4000
-[scale]
-cpus_per_worker = 0.5
-[probe]
-val_share = 0.3
-"""
 # From a process of its own: Ray is another one in the tests.
 LEFT_OVER = """
 import json, time, ray
@@ -55,11 +31,8 @@ print(json.dumps([len(groups), taken]))
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_leaves_no_placement_group_and_takes_no_cpu(shards, tmp_path, workers):
-    (tmp_path / "recipe.toml").write_text(RECIPE)
-    (tmp_path / "space.toml").write_text('["model.mask_ratio"]\nvalues = [0.5, 0.75]\n')
-    asked = ["--config", str(tmp_path / "recipe.toml"), "--space", str(tmp_path / "space.toml"), "--sampler", "grid"]
-    asked += ["--data.train", shards["train"], "--probe.train", shards["train"], "--reports", "50"]
-    asked += ["--run.storage", str(tmp_path / "runs"), "--run.name", "cut", "--scale.workers", str(workers)]
+    asked = ["--sampler", "grid", "--reports", "50", "--train.steps", "4000", "--scale.workers", str(workers)]
+    asked = arguments(tmp_path, shards, *asked, space='["model.mask_ratio"]\nvalues = [0.5, 0.75]\n', name="cut")
     with cluster(head_cpus=2) as nodes:
         environment = {**nodes.environment, "RAY_ADDRESS": nodes.address}
         with subprocess.Popen(
