@@ -32,8 +32,9 @@ from pipelines.storage import Store, absolute
 from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send
 from pipelines.training import checkpoint
 from pipelines.training.build import check_initial_weights, check_model
+from pipelines.training.job import Job
 from pipelines.training.launch import check_resources, run_here, run_workers
-from pipelines.training.loop import Job, train_worker
+from pipelines.training.loop import train_worker
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.unreadable import told
 
