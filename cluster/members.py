@@ -25,8 +25,14 @@ FAST_HEALTH_CHECKS = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
-# MLflow would keep seven processes of 230 MB for jobs of its own.
-_SETTINGS = FAST_HEALTH_CHECKS | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+# What members are started with, where the environment does not say otherwise.
+_SETTINGS = FAST_HEALTH_CHECKS | {
+    # MLflow would keep seven processes of 230 MB for jobs of its own.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    # A job that is stopped has so long from SIGTERM to SIGKILL, for its last checkpoint: 3 s by default. Jobs read it
+    # on the head.
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
+}
 
 
 class Member:
@@ -43,7 +49,7 @@ class Member:
         self.name = name
         self._log = state.folder / "logs" / f"{name}.log"
         self._log.parent.mkdir(exist_ok=True)
-        environment = state.environment() | _SETTINGS | {MARK: state.mark(name)}
+        environment = _SETTINGS | state.environment() | {MARK: state.mark(name)}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, cwd=state.ray_dir, env=environment, stdout=log, stderr=log, start_new_session=True

@@ -70,14 +70,12 @@ def _none_left_behind(state: State) -> Iterator[list[str]]:
 
 
 def _start_nodes(folder: Path, wanted: list[tuple[str, int]], started: list[str]) -> None:
-    """Starts nodes (a name, or none, and the CPUs that it offers) side by side, and waits until all have joined."""
-    waiting = []
+    """Starts nodes (a name, or none, and the CPUs that it offers), and waits until all have joined."""
+    # One after the other: `ray start` gives its raylet 30 s, and side by side on few cores they take longer.
     for name, cpus in wanted:
         node = _reserve(folder, name, cpus)
         started.append(node.name)
-        waiting.append(members.start_node(read(folder), node))
-    for member in waiting:
-        members.wait_for_node(member)
+        members.wait_for_node(members.start_node(read(folder), node))
 
 
 def _reserve(folder: Path, name: str, cpus: int) -> Node:
