@@ -236,8 +236,8 @@ class _Worker:
         if not self.config.log.ids:
             yield from batches
             return
-        assert self.store.is_local, "checked by the driver"
-        path = self.store.local("ids") / f"rank-{self.rank:04d}-of-{self.world_size:04d}.jsonl"
+        ids = Store(self.config.log.ids_folder) if self.config.log.ids_folder else self.store.child("ids")
+        path = ids.local(f"rank-{self.rank:04d}-of-{self.world_size:04d}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Tells one attempt from the next, on all ranks alike: only in another one may a micro-batch come again.
         began = broadcast_from_rank_zero(time.time())
