@@ -20,7 +20,7 @@ _linear = torch.ops.mae_core.linear.default
 
 @torch.library.impl(_OPERATORS, "linear", "CPU")
 def _(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")  # noqa: SLF001
+    return torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")
 
 
 @torch.library.register_fake("mae_core::linear")
@@ -79,7 +79,7 @@ def linear(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 class Linear(nn.Linear):
     """``nn.Linear`` with that product."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # as PyTorch names it
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As ``nn.Linear.forward``."""
         return linear(input, self.weight, self.bias)
 
@@ -89,7 +89,8 @@ class SelfAttention(Attention):
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """As ``Attention.forward``, for tokens [B, T, D] that all see each other."""
-        assert attn_mask is None and not is_causal, "all tokens see each other"
+        assert attn_mask is None, "all tokens see each other"
+        assert not is_causal, "all tokens see each other"
         B, T, D = x.shape
         # Cut along the third axis, the three gradients come back as one tensor in the layer's own order.
         query, key, value = (
