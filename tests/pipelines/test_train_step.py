@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,4 +117,4 @@ def _two_compiled_workers(rank, folder):
 
 @pytest.mark.chaos
 def test_compiled_workers_do_the_same_steps_and_compile_once(tmp_path):
-    torch.multiprocessing.spawn(_two_compiled_workers, (str(tmp_path),), nprocs=2)
+    spawn(_two_compiled_workers, (str(tmp_path),), nprocs=2)
