@@ -25,8 +25,12 @@ FAST_HEALTH_CHECKS = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
-# MLflow would keep seven processes of 230 MB for jobs of its own.
-_SETTINGS = FAST_HEALTH_CHECKS | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+_SETTINGS = FAST_HEALTH_CHECKS | {
+    # MLflow would keep seven processes of 230 MB for jobs of its own.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    # Ray kills a stopped job after 3 s, whatever its checkpoint takes.
+    "RAY_JOB_STOP_WAIT_TIME_S": "120",
+}
 
 
 class Member:
