@@ -33,6 +33,7 @@ from pipelines.training.probing import Prober
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import Trainer, autocast, train_step
 from pipelines.training.unreadable import Unreadable, over_ranks, told
+from pipelines.training.writer import Writer
 
 # A disk that is full or closed stays so: starting again is of no use.
 _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -133,7 +134,7 @@ class _Worker:
         self.prober = Prober(config, self.crew, self.device, self.autocast)
         self.model = build_model(config).to(self.device)
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
-        self.writer = checkpoint.Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
+        self.writer = Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
