@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from benchmarks.audit import CONTINUED
-from benchmarks.nodes import wait_until
+from cluster.processes import wait_until
 from pipelines.data.plan import Plan
 from pipelines.errors import DIVERGED
 from pipelines.pretrain import main

@@ -11,10 +11,11 @@ import psutil
 import pytest
 
 from benchmarks.audit import CONTINUED
-from benchmarks.nodes import FAST_HEALTH_CHECKS, wait_until
-from benchmarks.nodes import cluster as cluster_of
+from cluster import members, operations
+from cluster.processes import wait_until
 from pipelines.data.plan import Plan
-from tests.jobs import ROOT, submit
+from tests.jobs import submit
+from tests.pipelines.test_elastic import started, wait_for
 from tests.pipelines.test_pretrain import arguments, command, delivered, losses, points, recipe, steps_done
 
 __all__ = ["recipe"]  # a fixture
@@ -34,11 +35,12 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(int(path.parent.name.split("-")[1]) for path in (folder / "checkpoints").glob("*/manifest.json"))
 
 
-def check_ids(folder: Path, steps: int) -> None:
+def check_ids(folder: Path, steps: int, *, whole: bool = True) -> None:
     found, plan = delivered(folder), Plan(300, seed=0)
-    assert sorted(found) == list(range(steps))
-    for step, ids in found.items():
-        assert ids == plan.samples(step * 40, (step + 1) * 40)[0].tolist()
+    if whole:
+        assert sorted(found) == list(range(steps))
+    for step in range(steps):
+        assert found[step] == plan.samples(step * 40, (step + 1) * 40)[0].tolist()
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
@@ -108,68 +110,31 @@ def test_a_worker_that_hangs_is_replaced_within_a_minute(recipe, shards, tmp_pat
 
 def test_a_run_leaves_a_node_that_will_be_taken_away(recipe, shards, tmp_path):
     steps, folder, log = 6000, tmp_path / "run", tmp_path / "log.txt"
-    # The head's CPU reads, and takes a worker in when a node goes.
-    with cluster_of(1, **FAST_HEALTH_CHECKS) as nodes:
-        for _ in range(2):
-            nodes.add(1)
-        flags = ["--scale.address", nodes.address, "--data.cpus-per-task", "0.2", "--scale.cpus-per-worker", "0.6"]
+    with operations.cluster(tmp_path / "cluster", nodes=3, cpus=1) as nodes:
+        flags = ["--scale.address", nodes.head, "--data.cpus-per-task", "0.2", "--scale.cpus-per-worker", "0.6"]
         flags += [*QUIET, "--checkpoint.every-steps", "0", "--checkpoint.every-minutes", "60"]
-        command_line = arguments(recipe(steps), shards, tmp_path, "run", *flags)
-        with log.open("ab") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pipelines.pretrain", *command_line],
-                cwd=ROOT, env=nodes.environment, stdout=file, stderr=file,
-            )  # fmt: skip
-        try:
-            wait_until(lambda: steps_done(folder) >= 30, 240, lambda: log.read_text()[-3000:])
-            leaving = next(node for node in nodes.nodes if node.workers("RayTrainWorker"))
+        line = arguments(recipe(steps), shards, tmp_path, "run", *flags)
+        with started(line, log, nodes.environment()) as process:
+            wait_for(lambda: steps_done(folder) >= 30, process, log)
+            leaving = next(node for node in nodes.nodes if members.training(nodes, node.name))
             began, deadline_s = time.monotonic(), 60
-            _drain(nodes, leaving, deadline_s)
-            wait_until(lambda: CONTINUED in log.read_text(), deadline_s + 60, lambda: log.read_text()[-3000:])
+            members.drain(nodes, leaving, deadline_s, "a test")
+            wait_for(lambda: CONTINUED in log.read_text(), process, log, deadline_s)
             print(f"going on after {time.monotonic() - began:.1f} s of {deadline_s}")
-            assert time.monotonic() - began < deadline_s
             (saved,) = checkpoints(folder)
             assert f"step {saved} of {steps}: node " in log.read_text()
             assert f"{CONTINUED} {saved} of" in log.read_text()
-            nodes.kill(leaving)
+            assert not members.training(nodes, leaving.name)
+            if members.runs(nodes, leaving.name):
+                operations.kill(nodes, leaving.name)
             before = max(saved, steps_done(folder))
-            wait_until(lambda: steps_done(folder) >= before + 20, 120, lambda: log.read_text()[-3000:])
-        finally:
-            process.kill()
-            process.wait()
+            wait_for(lambda: steps_done(folder) >= before + 20, process, log)
     done = max(points(folder))
     assert done < steps
     # From that very step: what came before the checkpoint was not done again.
-    seen = [
-        json.loads(line) for path in (folder / "ids").glob("*.jsonl") for line in path.read_text().splitlines()[:-1]
-    ]
+    lines = [line for path in (folder / "ids").glob("*.jsonl") for line in path.read_text().splitlines()[:-1]]
+    seen = [json.loads(line) for line in lines]
     _, second = sorted({line["began"] for line in seen})
     assert min(line["step"] for line in seen if line["began"] == second) == saved
-    check_ids_until(folder, done - 1)
-    assert sorted(losses(folder))[-1] == done
-
-
-def check_ids_until(folder: Path, steps: int) -> None:
-    found, plan = delivered(folder), Plan(300, seed=0)
-    for step in range(steps):
-        assert found[step] == plan.samples(step * 40, (step + 1) * 40)[0].tolist()
-
-
-def _drain(nodes, node, deadline_s: int) -> None:
-    script = """if True:
-        import sys, ray
-        ray.init(sys.argv[1], log_to_driver=False)
-        print(next(node["NodeID"] for node in ray.nodes() if node["NodeManagerAddress"] == sys.argv[2]))
-    """
-    listed = subprocess.run(
-        [sys.executable, "-c", script, nodes.address, node.address],
-        env=nodes.environment, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert listed.returncode == 0, listed.stderr
-    done = subprocess.run(
-        [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", nodes.address, "--node-id",
-         listed.stdout.split()[-1], "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test",
-         "--deadline-remaining-seconds", str(deadline_s)],
-        env=nodes.environment, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_ids(folder, done - 1, whole=False)
+    assert max(losses(folder)) == done
