@@ -272,20 +272,15 @@ class _Worker:
             GoBackError: The first time.
             DivergedError: It has gone bad in the same place before.
         """
-        row = self.guard.row
-        again = False
-        if self.rank == 0 and self.folder and self.spool:
-            self.writer.wait()
-            back_to = max(checkpoint.steps(self.store.child("checkpoints")), default=0)
-            mine = identity_hash(identity(self.config, self.job.train.digest))
-            again = nonfinite.seen_before(self.folder, mine, row, back_to)
-            size, plan, manifest = self.config.batch.global_size, self.stream.plan, self.job.train
-            nonfinite.write_down(self.folder, mine, row, back_to, plan=plan, size=size, manifest=manifest)
+        row, again = self.guard.row, False
+        self.writer.wait()
+        if self.folder and self.spool:
+            checkpoints = self.store.child("checkpoints")
+            again = nonfinite.note(
+                row, folder=self.folder, spool=self.spool, checkpoints=checkpoints, job=self.job, plan=self.stream.plan
+            )
             if again:
                 self.progress.let_go()
-            self.spool.tags({"mae.nonfinite_steps": f"{row[0]} to {row[-1]}"})
-            self.spool.artifact(nonfinite.FILE)
-            self.folder.push()
         again = broadcast_from_rank_zero(again)
         where = f"the loss or a gradient was not finite in the steps {row[0]} to {row[-1]}"
         listed = self.store.path(nonfinite.FILE)
