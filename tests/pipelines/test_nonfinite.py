@@ -90,6 +90,12 @@ def test_a_run_that_always_goes_bad_ends_with_a_word_to_its_user(recipe, shards,
     assert FILE in [item.path for item in client.list_artifacts(run.info.run_id)]
 
 
+def guard_share(folder: Path, global_size: int) -> float:
+    """What the ranks' agreement took, as a share of the steps' time; the first points are of a start."""
+    told = [values for step, values in points(folder).items() if "perf/guard_s" in values and step > 20]
+    return sum(v["perf/guard_s"] for v in told) / sum(global_size / v["perf/images_per_s"] for v in told)
+
+
 def _spoil(pid: int, pattern: bytes, by: bytes) -> int:
     """Writes over bytes in a process's memory, as a broken memory module would; says how often they were there."""
     found = 0
@@ -117,6 +123,9 @@ def test_a_run_whose_memory_goes_bad_once_ends_as_if_it_had_not(recipe, shards, 
     steps, more = 160, ("--log.pictures", "0")
     assert main(arguments(recipe(steps), shards, tmp_path, "undisturbed", *more)) == 0
     capfd.readouterr()
+    share = guard_share(tmp_path / "undisturbed", 40)
+    print(f"the ranks' agreement takes {100 * share:.2f} % of a step")
+    assert share < 0.02
     folder, log = tmp_path / "spoilt", tmp_path / "log.txt"
     final = f"checkpoints/step-{steps:08d}/model.safetensors"
     # The table of positions is no parameter that changes: its bytes are known.
