@@ -19,12 +19,12 @@ from pipelines.config import identity, identity_hash, total_steps
 from pipelines.data.feed import Feed, join_crew
 from pipelines.data.readers import MicroBatch
 from pipelines.errors import UserError
-from pipelines.spool import Spool
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
 from pipelines.training import checkpoint
 from pipelines.training.build import build_model, fit_target, initial_weights, make_stream, make_trainer
 from pipelines.training.evaluation import Evaluation
+from pipelines.training.exporting import ExportedSpool
 from pipelines.training.job import Job
 from pipelines.training.probing import Prober
 from pipelines.training.progress import Progress
@@ -100,7 +100,7 @@ class _Worker:
         self.stream = make_stream(config, job.train, self.world_size, self.crew.groups)
         self.store = Store(config.run.storage).child(config.run.name)
         self.folder = RunFolder(self.store) if self.rank == 0 else None
-        self.spool = Spool(self.folder.path) if self.folder else None
+        self.spool = ExportedSpool(self.folder.path, config.run.name) if self.folder else None
         if self.spool:
             self.spool.status("RUNNING")
         self.follower = start_follower(self.folder.path) if self.folder and not job.followed else None
@@ -315,6 +315,7 @@ class _Worker:
                 "identity": identity_hash(identity(self.config, self.job.train.digest)),
                 "scores": scores,
                 "skipped": dict(self.unreadable.counts),
+                "tracking_s": self.progress.tracking(),
             }
             self.folder.write("result.json", json.dumps(result, indent=2))
             for name in ("config.json", "result.json", "skipped.jsonl"):

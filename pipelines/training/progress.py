@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -39,6 +40,7 @@ class Progress:
         self._config, self._steps, self._num_samples = config, steps, num_samples
         self._unreadable, self._device, self._spool, self._say = unreadable, device, spool, say
         self._began = 0.0
+        self._tracking_s: list[float] = []
 
     def begin(self) -> None:
         """A window begins."""
@@ -71,6 +73,7 @@ class Progress:
         images_per_s = steps * self._config.batch.global_size / elapsed
         if self._spool:
             samples_seen = done * self._config.batch.global_size
+            began = time.perf_counter()
             self._spool.metrics(
                 done,
                 {
@@ -84,6 +87,8 @@ class Progress:
                     "data/skipped": float(unreadable.total()),
                     "epoch": samples_seen / self._num_samples,
                     "samples_seen": float(samples_seen),
+                    # This one's own is not known yet.
+                    "perf/tracking_s": self._tracking_s[-1] if self._tracking_s else 0.0,
                 },
             )
             left = (self._steps - done) * elapsed / steps
@@ -92,7 +97,15 @@ class Progress:
                 f"step {done:>{len(str(self._steps))}} of {self._steps}  loss {loss:.4f}  lr {lr:.2e}  "
                 f"{images_per_s:,.0f} images/s  waiting {100 * wait / elapsed:.0f} %  left {clock(left)}{notes}"
             )
+            self._tracking_s.append(time.perf_counter() - began)
         self.begin()
+
+    def tracking(self) -> dict[str, float]:
+        """What telling has cost the loop at its log points since it began: their number, and seconds of one."""
+        if not self._tracking_s:
+            return {"points": 0}
+        p50, p99, most = np.quantile(self._tracking_s, [0.5, 0.99, 1.0]).tolist()
+        return {"points": len(self._tracking_s), "p50": p50, "p99": p99, "max": most}
 
 
 def clock(seconds: float) -> str:
