@@ -90,11 +90,13 @@ class Spool:
                 new[name] = number if math.isfinite(number) else str(number)
         if new:
             self._write({"step": step, "time": time.time(), "metrics": new})
+            self._last.update(dict.fromkeys(new, step))
 
     def image(self, step: int, key: str, file: str) -> None:
         """Notes a picture that lies in the run folder, complete; ``file`` is relative to it."""
         if self._is_new(step, f"image:{key}"):
             self._write({"step": step, "time": time.time(), "image": {"key": key, "file": file}})
+            self._last[f"image:{key}"] = step
 
     def artifact(self, file: str, folder: str = "") -> None:
         """Notes a file of the run folder to be uploaded into ``folder`` of the run's artifacts."""
@@ -115,10 +117,8 @@ class Spool:
     def _is_new(self, step: int, name: str) -> bool:
         if name not in self._last:
             assert _NAME.fullmatch(name), f"'{name}' is no name of a metric or picture for MLflow"
-        elif step <= self._last[name]:
-            return False
-        self._last[name] = step
-        return True
+            return True
+        return step > self._last[name]
 
     def _write(self, line: dict[str, Any]) -> None:
         data = json.dumps(line, allow_nan=False).encode() + b"\n"

@@ -115,7 +115,10 @@ class _Worker:
             job, self.steps, self.model, prober, self.unreadable, self.spool, self.folder, self.say
         )
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
-        self.writer = Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
+        # A checkpoint without the points before it would lose them: nobody does these steps again.
+        self.writer = Writer(
+            self.store.child("checkpoints"), config.checkpoint.keep, self._push, guard=self.progress.flush
+        )
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
@@ -309,6 +312,7 @@ class _Worker:
     def finish(self) -> None:
         """The last probes; then the result is written."""
         self.writer.wait()
+        self.progress.flush()
         scores = self.evaluation.at_the_end()
         if self.spool and self.folder:
             result = {
@@ -328,6 +332,7 @@ class _Worker:
     def give_up(self) -> None:
         """Ends the run where it stands; the same name continues it."""
         self.writer.wait()
+        self.progress.flush()
         if self.spool:
             self.spool.status("FINISHED")
             self._push()

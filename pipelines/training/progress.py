@@ -1,5 +1,6 @@
 """What is told of the steps since the last log point: a line in the terminal, a point in the record."""
 
+import functools
 import resource
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from pipelines.config import Config
 from pipelines.spool import Spool
+from pipelines.training.recorder import Recorder
 from pipelines.training.step import Trainer
 from pipelines.training.unreadable import Unreadable, over_ranks, told
 
@@ -40,6 +42,7 @@ class Progress:
         self._config, self._steps, self._num_samples = config, steps, num_samples
         self._unreadable, self._device, self._spool, self._say = unreadable, device, spool, say
         self._began = 0.0
+        self._recorder = Recorder(say)
         self._tracking_s: list[float] = []
 
     def begin(self) -> None:
@@ -73,32 +76,42 @@ class Progress:
         images_per_s = steps * self._config.batch.global_size / elapsed
         if self._spool:
             samples_seen = done * self._config.batch.global_size
-            began = time.perf_counter()
-            self._spool.metrics(
-                done,
-                {
-                    "train/loss": loss,
-                    "train/lr": lr,
-                    "train/grad_norm": grad_norm,
-                    "train/nonfinite_steps": float(bad),
-                    "perf/images_per_s": images_per_s,
-                    "perf/peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                    "data/wait_s": wait / steps,
-                    "data/skipped": float(unreadable.total()),
-                    "epoch": samples_seen / self._num_samples,
-                    "samples_seen": float(samples_seen),
-                    # This one's own is not known yet.
-                    "perf/tracking_s": self._tracking_s[-1] if self._tracking_s else 0.0,
-                },
-            )
+            point = {
+                "train/loss": loss,
+                "train/lr": lr,
+                "train/grad_norm": grad_norm,
+                "train/nonfinite_steps": float(bad),
+                "perf/images_per_s": images_per_s,
+                "perf/peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "data/wait_s": wait / steps,
+                "data/skipped": float(unreadable.total()),
+                "epoch": samples_seen / self._num_samples,
+                "samples_seen": float(samples_seen),
+                # This one's own is not known yet.
+                "perf/tracking_s": self._tracking_s[-1] if self._tracking_s else 0.0,
+            }
             left = (self._steps - done) * elapsed / steps
             notes = (f"  not finite {bad}" if bad else "") + (f"  unreadable: {told(unreadable)}" if unreadable else "")
-            self._say(
+            line = (
                 f"step {done:>{len(str(self._steps))}} of {self._steps}  loss {loss:.4f}  lr {lr:.2e}  "
                 f"{images_per_s:,.0f} images/s  waiting {100 * wait / elapsed:.0f} %  left {clock(left)}{notes}"
             )
+            began = time.perf_counter()
+            self._recorder.do(functools.partial(self._record, self._spool, done, point, line))
             self._tracking_s.append(time.perf_counter() - began)
         self.begin()
+
+    def _record(self, spool: Spool, done: int, point: dict[str, float], line: str) -> None:
+        spool.metrics(done, point)
+        self._say(line)
+
+    def flush(self) -> None:
+        """Waits until all that was told is in the record.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        self._recorder.flush()
 
     def tracking(self) -> dict[str, float]:
         """What telling has cost the loop at its log points since it began: their number, and seconds of one."""
