@@ -22,11 +22,11 @@ class Recorder:
 
     def __init__(self, say: Callable[[str], None], patience_s: float = 1800.0):
         self._say, self._patience_s = say, patience_s
-        self._acts: queue.SimpleQueue[Callable[[], None] | threading.Event] = queue.SimpleQueue()
+        self._acts: queue.SimpleQueue[Callable[[], object] | threading.Event] = queue.SimpleQueue()
         self._error: BaseException | None = None
         threading.Thread(target=self._run, name="mae-recorder", daemon=True).start()
 
-    def do(self, act: Callable[[], None]) -> None:
+    def do(self, act: Callable[[], object]) -> None:
         """Hands something over; after a failure nothing more is done.
 
         Raises:
@@ -61,7 +61,7 @@ class Recorder:
                 except BaseException as error:  # raised where the next thing is handed over
                     self._error = error
 
-    def _keep_at(self, act: Callable[[], None]) -> None:
+    def _keep_at(self, act: Callable[[], object]) -> None:
         failed = None
         while True:
             try:
