@@ -339,7 +339,8 @@ class _Worker:
 
     def close(self) -> None:
         """Ends what runs beside the loop."""
-        if self.follower:
-            self.follower.stop(timeout_s=20.0)
+        if self.follower and not self.follower.stop(timeout_s=20.0) and not self.store.is_local:
+            # Where the folder is here, the driver tries once more, and says it.
+            self.say(f"warning: MLflow lacks some of the record, which is whole in {self.store.location}")
         if self.folder:
             self.folder.push()
