@@ -55,14 +55,14 @@ def left_behind(folder: str) -> list[list[str]]:
 
 
 def submit(
-    environment: dict[str, str], command: list[str], *options: str, **variables: str
+    environment: dict[str, str], command: list[str], *, options: tuple[str, ...] = (), **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Submits a Python script of this repository with its arguments, and waits for its end.
+    """Submits a Python script of this repository with its arguments, and waits for its end unless told not to.
 
     Args:
         environment: That of the head.
         command: The script's path in the repository, then its arguments.
-        options: Of ``ray job submit``; with ``--no-wait`` nobody waits.
+        options: More flags of ``ray job submit``.
         variables: What the job finds in its environment.
     """
     submitted = ["submit", "--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": variables}), *options]

@@ -49,7 +49,7 @@ def gauges(address: str) -> dict[str, float]:
 def test_the_log_and_the_gauges_of_a_job(cluster, shards, tmp_path):
     where = ["--data.train", shards["train"], "--run.storage", str(tmp_path), "--run.name", "job"]
     command = ["pipelines/pretrain.py", *TINY, *where]
-    submitted = submit(cluster, command, "--no-wait", "--submission-id", "job")
+    submitted = submit(cluster, command, options=("--no-wait", "--submission-id", "job"))
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     spool = tmp_path / "job" / "metrics.jsonl"
     told = lambda: job(cluster, "logs", "job").stdout  # noqa: E731
