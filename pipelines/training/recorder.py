@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable
 
-
 _PAUSE_S = 2.0
 
 
@@ -70,7 +69,7 @@ class Recorder:
             except OSError as error:
                 if failed is None:
                     failed = time.monotonic()
-                    self._say(f"warning: the record cannot be written: {error}; training goes on, and it is tried again")
+                    self._say(f"warning: no record can be written: {error}; training goes on, it is tried again")
                 elif time.monotonic() > failed + self._patience_s:
                     raise
                 time.sleep(_PAUSE_S)

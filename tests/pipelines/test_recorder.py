@@ -57,7 +57,7 @@ def test_a_full_disk_costs_no_point(tmp_path: Path):
     recorder.flush()
     assert steps(tmp_path) == list(range(100))
     assert len(told) == 2
-    assert "the record cannot be written" in told[0]
+    assert "no record can be written" in told[0]
 
 
 def test_what_does_not_pass_is_raised(tmp_path: Path):
