@@ -29,11 +29,12 @@ from pipelines.errors import UserError, run_command
 from pipelines.ray_session import connect
 from pipelines.spool import Spool
 from pipelines.storage import Store, absolute
-from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send
+from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send, send_rest
 from pipelines.training import checkpoint
 from pipelines.training.build import check_initial_weights, check_model
+from pipelines.training.job import Job
 from pipelines.training.launch import check_resources, run_here, run_workers
-from pipelines.training.loop import Job, train_worker
+from pipelines.training.loop import train_worker
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.unreadable import told
 
@@ -272,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         finally:
             printer.stop()
-    left = send(folder.path, timeout_s=30.0) if store.is_local else None
+    left = send_rest(folder.path, timeout_s=30.0) if store.is_local else None
     result = json.loads(store.read("result.json"))
     print(summary(config, result, tracking_uri, time.perf_counter() - started))
     if left is not None and left.left:
