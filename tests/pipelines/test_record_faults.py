@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.nodes import wait_until
+from cluster.processes import wait_until
 from pipelines.sender import Sender
 from pipelines.spool import Spool
 from pipelines.tracking import RunRecord, create_run, quiet_environment, start_follower, write_record
