@@ -76,7 +76,11 @@ def test_the_walk_through(not_nice, tmp_path):
         pack(state, tmp_path / "photos")
         submit(state, "two", workers=2)
         processes.wait_until(lambda: step_of(logs(state, "two")) >= 12, 240, lambda: logs(state, "two"))
-        assert len(nodes_with_workers(state)) == 2
+        working = nodes_with_workers(state)
+        assert len(working) == 2
+        # From one place for all of them, a node that joins would take away the code under the others.
+        unpacked = state.ray_dir.glob("*/session_*/runtime_resources/working_dir_files/_ray_pkg_*/pipelines")
+        assert {path.relative_to(state.ray_dir).parts[0] for path in unpacked} >= working | {"head"}
         on(state, *RAY, "stop", "two")
         assert step_of(logs(state, "two")) < STEPS, "it had finished before it was stopped"
 
