@@ -31,6 +31,7 @@ from pipelines.training.progress import Progress
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import Trainer, autocast, train_step
 from pipelines.training.unreadable import Unreadable
+from pipelines.training.writer import Writer
 
 # A disk that is full or closed stays so: starting again is of no use.
 _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -114,7 +115,7 @@ class _Worker:
             job, self.steps, self.model, prober, self.unreadable, self.spool, self.folder, self.say
         )
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
-        self.writer = checkpoint.Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
+        self.writer = Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
