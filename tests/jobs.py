@@ -53,12 +53,15 @@ def left_behind(folder: str) -> list[list[str]]:
     return found
 
 
-def submit(environment: dict[str, str], command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Submits a Python script of this repository with its arguments, and waits for its end.
+def submit(
+    environment: dict[str, str], command: list[str], *, options: tuple[str, ...] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Submits a Python script of this repository with its arguments, and waits for its end unless told not to.
 
     Args:
         environment: That of the head.
         command: The script's path in the repository, then its arguments.
+        options: More flags of ``ray job submit``.
         variables: What the job finds in its environment.
     """
     submitted = [
@@ -69,6 +72,7 @@ def submit(environment: dict[str, str], command: list[str], **variables: str) ->
         ".",
         "--runtime-env-json",
         json.dumps({"env_vars": variables}),
+        *options,
     ]
     submitted += ["--", sys.executable, *command]
     done = None

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from typing import Literal
 
 import ray
 import ray.train
@@ -18,14 +19,15 @@ from mae_core.optim import lr_at, make_optimizer, peak_lr
 from pipelines.config import identity, identity_hash, total_steps
 from pipelines.data.feed import Feed, join_crew
 from pipelines.data.readers import MicroBatch
-from pipelines.errors import UserError
+from pipelines.errors import DIVERGED, FAILED, USAGE_ERROR, UserError
 from pipelines.spool import Spool
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
-from pipelines.training import checkpoint
+from pipelines.training import checkpoint, nonfinite
 from pipelines.training.build import build_model, fit_target, initial_weights, make_stream, make_trainer
 from pipelines.training.evaluation import Evaluation
-from pipelines.training.job import Job
+from pipelines.training.guard import BAD_STEPS_IN_A_ROW, Guard
+from pipelines.training.job import GoBackError, Job
 from pipelines.training.probing import Prober
 from pipelines.training.progress import Progress
 from pipelines.training.runfolder import RunFolder
@@ -38,11 +40,11 @@ _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EP
 
 
 class DivergedError(RuntimeError):
-    """The loss has not been finite for many steps."""
+    """The loss is not finite, and was not when the same steps were done before."""
 
 
+End = Literal["FINISHED", "JUDGED", "STOPPED"]
 MOST_IN_ONE_EXECUTION = 16  # workers; see docs/data.md for how many blocks a second one coordinator deals
-BAD_STEPS_IN_A_ROW = 10  # after so many steps without a finite loss nothing will come back
 
 
 def train_worker(job: Job) -> None:
@@ -51,25 +53,31 @@ def train_worker(job: Job) -> None:
     Ray Train starts all workers again when one is lost. What would fail the same way again is told to the console,
     and the next start ends at once, so that the driver can say it.
     """
-    if ray.get(job.console.failure.remote()):
+    if ray.get(job.console.failure.remote()) or ray.get(job.console.is_stopped.remote()):
         return
     run = None
     try:
         run = _Worker(job)
         start = run.resume()
-        if run.train(start):
+        end = run.train(start)
+        if end == "FINISHED":
             run.finish()
-        else:
+        elif end == "JUDGED":
             run.give_up()
-    except UserError as error:
-        ray.get(job.console.fail.remote(str(error), True))
+    except DivergedError as error:
+        ray.get(job.console.fail.remote(str(error), DIVERGED))
         raise
-    except (ValueError, TypeError, LookupError, AssertionError, DivergedError) as error:
-        ray.get(job.console.fail.remote(f"{type(error).__name__}: {error}", False))
+    except UserError as error:
+        ray.get(job.console.fail.remote(str(error), USAGE_ERROR))
+        raise
+    except (ValueError, TypeError, LookupError, AssertionError) as error:
+        ray.get(job.console.fail.remote(f"{type(error).__name__}: {error}", FAILED))
         raise
     except OSError as error:
         if error.errno in _NOT_WRITABLE:
-            ray.get(job.console.fail.remote(f"{error.strerror}: {error.filename or job.config.run.storage}", True))
+            ray.get(
+                job.console.fail.remote(f"{error.strerror}: {error.filename or job.config.run.storage}", USAGE_ERROR)
+            )
         raise
     finally:
         if run is not None:
@@ -105,6 +113,7 @@ class _Worker:
         if self.spool:
             self.spool.status("RUNNING")
         self.follower = start_follower(self.folder.path) if self.folder and not job.followed else None
+        self.guard = Guard(self.rank, job.console, self.device)
         self.unreadable = Unreadable(self.folder, self.device)
         self.model = build_model(config).to(self.device)
         self.progress = Progress(
@@ -164,11 +173,14 @@ class _Worker:
 
     # ---- the steps
 
-    def train(self, start: int) -> bool:
+    def train(self, start: int) -> End:
         """All steps from ``start``, with what stands around them.
 
         Returns:
-            Whether they were done; False where the run was told to end at a probe.
+            FINISHED: they were done; JUDGED: the run was told to end at a probe; STOPPED: it was asked to stop.
+
+        Raises:
+            GoBackError: The workers are to begin again at the last checkpoint.
         """
         config = self.config
         per_epoch = self.job.train.num_samples / config.batch.global_size
@@ -192,30 +204,93 @@ class _Worker:
             self.reading = self.feed((start, stretches[start]))
         batches = self._audited(self._read_on())
         window: list[torch.Tensor] = []
+        save_due = False
         self.last_save = time.perf_counter()
         self.progress.begin()
         for step in range(start, self.steps):
             lr = lr_at(step, **schedule)
-            window.append(train_step(trainer, batches, lr))
+            window.append(train_step(trainer, batches, lr, self.guard.wish()))
+            self.guard.heed(step, window[-1])
             done = step + 1
+            leaving = self.guard.node_goes()
+            stops = done < self.steps and (self.guard.stop or bool(leaving))
             save_now = done == self.steps or (save_every and done % save_every == 0)
-            save_now = save_now or (self.job.judged and done in probes)
+            save_now = save_now or stops or (self.job.judged and done in probes)
             if log_now := save_now or done % config.log.every == 0:
-                window_S3 = torch.stack(window)
+                self.guard.catch_up()
+                window_S4 = torch.stack(window)
                 window = []
-                self.progress.tell(done, lr, window_S3, trainer)
-                self._look_for_divergence(done, window_S3)
-            goes_on = done not in probes or self.probe(done, None if held else (done, stretches[done]))
-            # Only where everything has been told: a run that continues from here leaves out nothing.
-            if save_now or (log_now and time.perf_counter() - self.last_save >= 60 * config.checkpoint.every_minutes):
+                guard_s, self.guard.seconds = self.guard.seconds, 0.0
+                hold = bool(self.guard.row) and done < self.steps
+                self.progress.tell(done, lr, window_S4, trainer, guard_s=guard_s, hold=hold)
+            if len(self.guard.row) >= BAD_STEPS_IN_A_ROW:
+                self._go_back()
+            if stops:
+                self._tell_stop(done, leaving)
+            goes_on = stops or done not in probes or self.probe(done, None if held else (done, stretches[done]))
+            save_due = save_due or save_now
+            minutes = (time.perf_counter() - self.last_save) / 60
+            # Only where everything has been told: a run that continues from here leaves out nothing. And never in a row
+            # of bad steps: the newest checkpoint is from before it.
+            may_save = log_now and (not self.guard.row or done == self.steps)
+            if may_save and (save_due or minutes >= config.checkpoint.every_minutes):
                 self._save(done)
-            if not goes_on:
+                save_due = False
+            if stops or not goes_on:
                 assert self.reading is not None
                 self.reading.close()
-                return False
+                return self._leave(done, leaving) if stops else "JUDGED"
         if next(batches, None) is not None:
             raise RuntimeError("the data holds more than the run's steps")
-        return True
+        return "FINISHED"
+
+    def _tell_stop(self, done: int, node: str) -> None:
+        """Says that the steps end here, first of all: whoever stops the run may not wait for its checkpoint."""
+        if self.spool:
+            if not node:
+                self.spool.status("KILLED")
+                self.job.console.stops_at.remote(done)
+            self.say(f"step {done} of {self.steps}: {node or 'asked to stop'}")
+
+    def _leave(self, done: int, node: str) -> End:
+        """Ends the steps after an agreed one, when its checkpoint is whole; all ranks call it.
+
+        Raises:
+            GoBackError: Because of a node.
+        """
+        self.writer.wait()
+        # A rank that ended before would have the others ended too.
+        broadcast_from_rank_zero(True)
+        if node:
+            raise GoBackError(f"{node}: going on elsewhere from step {done}")
+        return "STOPPED"
+
+    def _go_back(self) -> None:
+        """Writes down a row of bad steps, and begins again at the last checkpoint; all ranks call it.
+
+        Raises:
+            GoBackError: The first time.
+            DivergedError: It has gone bad in the same place before.
+        """
+        row, again = self.guard.row, False
+        self.writer.wait()
+        if self.folder and self.spool:
+            checkpoints = self.store.child("checkpoints")
+            again = nonfinite.note(
+                row, folder=self.folder, spool=self.spool, checkpoints=checkpoints, job=self.job, plan=self.stream.plan
+            )
+            if again:
+                self.progress.let_go()
+        again = broadcast_from_rank_zero(again)
+        where = f"the loss or a gradient was not finite in the steps {row[0]} to {row[-1]}"
+        listed = self.store.path(nonfinite.FILE)
+        if again:
+            raise DivergedError(
+                f"{where}, as it was before from the same checkpoint on, so the machine is not at fault: lower "
+                f"optim.base_lr, or look for strange values in the images listed in {listed}"
+            )
+        self.say(f"{where}: going back to the last checkpoint (their samples are listed in {listed})")
+        raise GoBackError(where)
 
     def _read_on(self) -> Iterator[MicroBatch]:
         """The training data of one stretch after the other."""
@@ -249,16 +324,6 @@ class _Worker:
                 file.write(json.dumps({"began": began, "step": step, "index": batch.index, "ids": ids}) + "\n")
                 yield batch
 
-    def _look_for_divergence(self, done: int, window_S3: torch.Tensor) -> None:
-        steps = len(window_S3)
-        self.bad_in_a_row = (self.bad_in_a_row + steps) if int(window_S3[:, 2].sum()) == steps else 0
-        if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
-            raise DivergedError(
-                f"the loss was not finite in the last {self.bad_in_a_row} steps before step {done}: lower "
-                "optim.base_lr, or look for images with strange values"
-            )
-
-    bad_in_a_row = 0
     last_save = 0.0
     reading: Feed | None = None
 
@@ -323,9 +388,10 @@ class _Worker:
                     self.spool.artifact(name)
             self.spool.status("FINISHED")
             self.folder.push()
+            ray.get(self.job.console.finish.remote())
 
     def give_up(self) -> None:
-        """Ends the run where it stands; the same name continues it."""
+        """Ends the run where a probe's verdict ends it; the same name continues it."""
         self.writer.wait()
         if self.spool:
             self.spool.status("FINISHED")
