@@ -100,7 +100,21 @@ class Sender:
             state = SentState(run_id=run_id)
         if state != self._state:
             self._steps = self._pictures = None
+        if self._steps is None and self._has_lost(run_id, state.points.offset):
+            # MLflow's database is one from before: the same.
+            state = SentState(run_id=run_id)
         self._state = state
+
+    def _has_lost(self, run_id: str, offset: int) -> bool:
+        """Whether MLflow lacks points that it had once: those before an offset of the spool."""
+        had: dict[str, int] = {}
+        for line, end in read_spool(self._spool):
+            if end > offset:
+                break
+            finite = (name for name, value in (line or {}).get("metrics", {}).items() if not isinstance(value, str))
+            had.update((name, line["step"]) for name in finite if line)
+        largest = self._largest_steps(run_id)
+        return any(step > largest.get(name, -1) for name, step in had.items())
 
     def _move(self, cursor: Cursor, offset: int) -> None:
         cursor.offset, cursor.digest = offset, digest(self._spool, offset)

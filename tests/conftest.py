@@ -6,8 +6,12 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.records import Server
 
 # Set before anything imports Ray: no token file, no telemetry, nothing joined by accident.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -77,6 +81,19 @@ def cluster(ray_local: None) -> Iterator[dict[str, str]]:
 
     with head() as environment:
         yield environment
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
+    """An MLflow server for the whole test session."""
+    from tests.records import Server
+
+    server = Server(tmp_path_factory.mktemp("server"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture
