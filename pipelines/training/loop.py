@@ -402,7 +402,7 @@ class _Worker:
                 models["test/random_"] = build_model(self.config).to(self.device).eval()
             scores = self.prober.test(models, job.probe_train, job.probe_test)
         else:
-            scores = self.prober.validate(self.model, job.probe_train, job.train)
+            scores = self.prober.validate(self.model, job.probe_train, job.train, last=True)
         self._tell_left_out(self.steps)
         self._draw(self.steps)
         if self.spool and self.folder:
