@@ -3,11 +3,8 @@
 import errno
 import json
 import os
-import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import ray
 import ray.train
@@ -18,21 +15,22 @@ from ray.train.collective import broadcast_from_rank_zero
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.optim import lr_at, make_optimizer, peak_lr
-from pipelines.config import Config, identity, identity_hash, total_steps
+from pipelines.config import identity, identity_hash, total_steps
 from pipelines.data.feed import Feed, join_crew
-from pipelines.data.readers import MicroBatch, View
-from pipelines.data.shards import Manifest
+from pipelines.data.readers import MicroBatch
 from pipelines.errors import UserError
 from pipelines.spool import Spool
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
 from pipelines.training import checkpoint
 from pipelines.training.build import build_model, fit_target, initial_weights, make_stream, make_trainer
-from pipelines.training.pictures import save_reconstructions
+from pipelines.training.evaluation import Evaluation
+from pipelines.training.job import Job
 from pipelines.training.probing import Prober
+from pipelines.training.progress import Progress
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import Trainer, autocast, train_step
-from pipelines.training.unreadable import Unreadable, over_ranks, told
+from pipelines.training.unreadable import Unreadable
 from pipelines.training.writer import Writer
 
 # A disk that is full or closed stays so: starting again is of no use.
@@ -45,29 +43,6 @@ class DivergedError(RuntimeError):
 
 MOST_IN_ONE_EXECUTION = 16  # workers; see docs/data.md for how many blocks a second one coordinator deals
 BAD_STEPS_IN_A_ROW = 10  # after so many steps without a finite loss nothing will come back
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker.
-
-    Args:
-        config: The resolved configuration, every path absolute.
-        train: The images to pretrain on.
-        probe_train: Labelled images for the probes, or None.
-        probe_test: Labelled images that are read once, or None.
-        console: Actor that takes lines for the driver's terminal.
-        judged: Whether the run waits at each of its probes until it is told at the console to go on, or to end there.
-        followed: Whether somebody else sends the record to MLflow while the run lasts.
-    """
-
-    config: Config
-    train: Manifest
-    probe_train: Manifest | None
-    probe_test: Manifest | None
-    console: Any
-    judged: bool = False
-    followed: bool = False
 
 
 def train_worker(job: Job) -> None:
@@ -131,8 +106,14 @@ class _Worker:
             self.spool.status("RUNNING")
         self.follower = start_follower(self.folder.path) if self.folder and not job.followed else None
         self.unreadable = Unreadable(self.folder, self.device)
-        self.prober = Prober(config, self.crew, self.device, self.autocast)
         self.model = build_model(config).to(self.device)
+        self.progress = Progress(
+            config, self.steps, job.train.num_samples, self.unreadable, self.device, self.spool, self.say
+        )
+        prober = Prober(config, self.crew, self.device, self.autocast)
+        self.evaluation = Evaluation(
+            job, self.steps, self.model, prober, self.unreadable, self.spool, self.folder, self.say
+        )
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
         self.writer = Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
 
@@ -201,7 +182,7 @@ class _Worker:
         # One that falls just before the last would tell nothing new.
         probes = [p for p in range(probe_every, self.steps, probe_every) if start < p < self.steps - probe_every // 2]
         # Probes that read nothing leave the reading of the training data alone.
-        held = bool(probes) and self.prober.hold(*self.prober.looked_at(self.job.probe_train, self.job.train))
+        held = bool(probes) and self.evaluation.hold()
         ends = [*([] if held else probes), self.steps]
         stretches: dict[int, int] = dict(zip([start, *ends[:-1]], ends, strict=True))
         trainer = self._trainer()
@@ -211,7 +192,8 @@ class _Worker:
             self.reading = self.feed((start, stretches[start]))
         batches = self._audited(self._read_on())
         window: list[torch.Tensor] = []
-        self.window_start = self.last_save = time.perf_counter()
+        self.last_save = time.perf_counter()
+        self.progress.begin()
         for step in range(start, self.steps):
             lr = lr_at(step, **schedule)
             window.append(train_step(trainer, batches, lr))
@@ -219,8 +201,10 @@ class _Worker:
             save_now = done == self.steps or (save_every and done % save_every == 0)
             save_now = save_now or (self.job.judged and done in probes)
             if log_now := save_now or done % config.log.every == 0:
-                self._log(done, lr, torch.stack(window), trainer)
+                window_S3 = torch.stack(window)
                 window = []
+                self.progress.tell(done, lr, window_S3, trainer)
+                self._look_for_divergence(done, window_S3)
             goes_on = done not in probes or self.probe(done, None if held else (done, stretches[done]))
             # Only where everything has been told: a run that continues from here leaves out nothing.
             if save_now or (log_now and time.perf_counter() - self.last_save >= 60 * config.checkpoint.every_minutes):
@@ -253,8 +237,8 @@ class _Worker:
         if not self.config.log.ids:
             yield from batches
             return
-        assert self.store.is_local, "checked by the driver"
-        path = self.store.local("ids") / f"rank-{self.rank:04d}-of-{self.world_size:04d}.jsonl"
+        ids = Store(self.config.log.ids_folder) if self.config.log.ids_folder else self.store.child("ids")
+        path = ids.local(f"rank-{self.rank:04d}-of-{self.world_size:04d}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Tells one attempt from the next, on all ranks alike: only in another one may a micro-batch come again.
         began = broadcast_from_rank_zero(time.time())
@@ -265,52 +249,16 @@ class _Worker:
                 file.write(json.dumps({"began": began, "step": step, "index": batch.index, "ids": ids}) + "\n")
                 yield batch
 
-    def _log(self, done: int, lr: float, window_S3: torch.Tensor, trainer: Trainer) -> None:
-        """One progress line and one point of the record, over the steps since the last."""
-        elapsed = time.perf_counter() - self.window_start
-        fresh, trainer.skipped = trainer.skipped, []
-        self.unreadable.counts += self.unreadable.collect(fresh, done)
-        unreadable = self.unreadable.counts
-        # A step that was skipped has no loss worth a mean, and says so by its own count.
-        good_S3 = window_S3[window_S3[:, 2] == 0]
-        loss, grad_norm = (good_S3.mean(dim=0) if len(good_S3) else window_S3[-1]).tolist()[:2]
-        bad = int(window_S3[:, 2].sum())
+    def _look_for_divergence(self, done: int, window_S3: torch.Tensor) -> None:
         steps = len(window_S3)
-        wait = over_ranks(trainer.wait_s, self.device, dist.ReduceOp.MAX)
-        trainer.wait_s = 0.0
-        self.bad_in_a_row = (self.bad_in_a_row + steps) if bad == steps else 0
-        images_per_s = steps * self.config.batch.global_size / elapsed
-        if self.spool:
-            left = (self.steps - done) * elapsed / steps
-            self.spool.metrics(
-                done,
-                {
-                    "train/loss": loss,
-                    "train/lr": lr,
-                    "train/grad_norm": grad_norm,
-                    "train/nonfinite_steps": float(bad),
-                    "perf/images_per_s": images_per_s,
-                    "perf/peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                    "data/wait_s": wait / steps,
-                    "data/skipped": float(unreadable.total()),
-                    "epoch": done * self.config.batch.global_size / self.job.train.num_samples,
-                    "samples_seen": float(done * self.config.batch.global_size),
-                },
-            )
-            notes = (f"  not finite {bad}" if bad else "") + (f"  unreadable: {told(unreadable)}" if unreadable else "")
-            self.say(
-                f"step {done:>{len(str(self.steps))}} of {self.steps}  loss {loss:.4f}  lr {lr:.2e}  "
-                f"{images_per_s:,.0f} images/s  waiting {100 * wait / elapsed:.0f} %  left {_clock(left)}{notes}"
-            )
+        self.bad_in_a_row = (self.bad_in_a_row + steps) if int(window_S3[:, 2].sum()) == steps else 0
         if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
             raise DivergedError(
                 f"the loss was not finite in the last {self.bad_in_a_row} steps before step {done}: lower "
                 "optim.base_lr, or look for images with strange values"
             )
-        self.window_start = time.perf_counter()
 
     bad_in_a_row = 0
-    window_start = 0.0
     last_save = 0.0
     reading: Feed | None = None
 
@@ -337,7 +285,7 @@ class _Worker:
             self.folder.push()
 
     def probe(self, done: int, then: tuple[int, int] | None) -> bool:
-        """Scores the features on held-out training labels and draws reconstructions.
+        """Scores the features, and draws.
 
         Args:
             done: Steps done.
@@ -349,70 +297,23 @@ class _Worker:
             Whether the run goes on.
         """
         start = time.perf_counter()
-        self.model.eval()
 
         def read_on() -> None:
             if then:
                 self.reading = self.feed(then)
 
-        scores = self.prober.validate(self.model, self.job.probe_train, self.job.train, read_on)
-        self.model.train()
-        self._tell_left_out(done)
-        if self.spool and self.folder:
-            self.spool.metrics(done, scores)
-            self.say(f"step {done} of {self.steps}  {_told(scores)}  ({time.perf_counter() - start:.0f} s)")
-        self._draw(done)
-        goes_on = not done or self._verdict(done, scores)
-        self.window_start += time.perf_counter() - start
+        goes_on = self.evaluation.on_the_way(done, read_on)
+        self.progress.leave_out(time.perf_counter() - start)
         return goes_on
 
-    def _verdict(self, done: int, scores: dict[str, float]) -> bool:
-        """What whoever judges the run says to a probe's scores; the same on all workers."""
-        if not self.job.judged:
-            return True
-        goes_on = False
-        if self.rank == 0:
-            ray.get(self.job.console.score.remote(done, scores))
-            while (verdict := ray.get(self.job.console.verdict.remote(done))) is None:
-                time.sleep(0.05)
-            goes_on = verdict
-        return bool(broadcast_from_rank_zero(goes_on))
-
-    def _tell_left_out(self, done: int) -> None:
-        skipped, self.prober.skipped = self.prober.skipped, []
-        if found := self.unreadable.collect(skipped, done):
-            self.say(f"left out of the probe, because they could not be read: {told(found)}")
-
-    def _draw(self, done: int) -> None:
-        if self.spool and self.folder and self.config.log.pictures:
-            file = f"pictures/reconstruction-{done:08d}.png"
-            view = View(self.config.data.image_size, self.config.data.channels, crop_share=self.config.probe.crop_share)
-            # Not of the test data, which is read once, at the end.
-            images = self.job.probe_train or self.job.train
-            if save_reconstructions(self.model, self.config, images, view, self.folder.path / file):
-                self.spool.image(done, "reconstruction", file)
-
     def finish(self) -> None:
-        """The last probes, on the test data where there are some; then the result is written."""
+        """The last probes; then the result is written."""
         self.writer.wait()
-        self.model.eval()
-        job = self.job
-        if job.probe_train and job.probe_test:
-            models = {"test/": self.model}
-            if self.config.probe.random_baseline:
-                models["test/random_"] = build_model(self.config).to(self.device).eval()
-            scores = self.prober.test(models, job.probe_train, job.probe_test)
-        else:
-            scores = self.prober.validate(self.model, job.probe_train, job.train)
-        self._tell_left_out(self.steps)
-        self._draw(self.steps)
+        scores = self.evaluation.at_the_end()
         if self.spool and self.folder:
-            self.spool.metrics(self.steps, scores)
-            if self.job.judged:
-                ray.get(self.job.console.score.remote(self.steps, scores))
             result = {
                 "step": self.steps,
-                "identity": identity_hash(identity(self.config, job.train.digest)),
+                "identity": identity_hash(identity(self.config, self.job.train.digest)),
                 "scores": scores,
                 "skipped": dict(self.unreadable.counts),
             }
@@ -436,17 +337,3 @@ class _Worker:
             self.follower.stop(timeout_s=20.0)
         if self.folder:
             self.folder.push()
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-def _told(scores: dict[str, float]) -> str:
-    """Scores in words: percentages with a unit, others as they are."""
-    return "  ".join(
-        f"{name.split('/')[-1].replace('_', ' ')} {value:.2f}{' %' if 'top1' in name else ''}"
-        for name, value in scores.items()
-    )

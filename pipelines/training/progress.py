@@ -1,0 +1,102 @@
+"""What is told of the steps since the last log point: a line in the terminal, a point in the record."""
+
+import resource
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from pipelines.config import Config
+from pipelines.spool import Spool
+from pipelines.training.step import Trainer
+from pipelines.training.unreadable import Unreadable, over_ranks, told
+
+
+class Progress:
+    """Takes the time of the steps and tells of them, a window of ``log.every`` steps at once.
+
+    Args:
+        config: The run's configuration.
+        steps: The run's steps.
+        num_samples: Training images.
+        unreadable: What could not be read.
+        device: Where collectives run.
+        spool: The run's record, on rank 0.
+        say: Shows a line in the driver's terminal.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        steps: int,
+        num_samples: int,
+        unreadable: Unreadable,
+        device: torch.device,
+        spool: Spool | None,
+        say: Callable[[str], None],
+    ):
+        self._config, self._steps, self._num_samples = config, steps, num_samples
+        self._unreadable, self._device, self._spool, self._say = unreadable, device, spool, say
+        self._began = 0.0
+
+    def begin(self) -> None:
+        """A window begins."""
+        self._began = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes what was no step out of the window's time."""
+        self._began += seconds
+
+    def tell(self, done: int, lr: float, window_S3: torch.Tensor, trainer: Trainer) -> None:
+        """One progress line and one point of the record; the next window begins. All ranks call it.
+
+        Args:
+            done: Steps done.
+            lr: The last one's learning rate.
+            window_S3: What ``train_step`` gave for each of the window's steps.
+            trainer: With what it has summed up since the last time, which is taken.
+        """
+        elapsed = time.perf_counter() - self._began
+        fresh, trainer.skipped = trainer.skipped, []
+        self._unreadable.counts += self._unreadable.collect(fresh, done)
+        unreadable = self._unreadable.counts
+        # A step that was skipped has no loss worth a mean, and says so by its own count.
+        good_S3 = window_S3[window_S3[:, 2] == 0]
+        loss, grad_norm = (good_S3.mean(dim=0) if len(good_S3) else window_S3[-1]).tolist()[:2]
+        bad = int(window_S3[:, 2].sum())
+        steps = len(window_S3)
+        wait = over_ranks(trainer.wait_s, self._device, dist.ReduceOp.MAX)
+        trainer.wait_s = 0.0
+        images_per_s = steps * self._config.batch.global_size / elapsed
+        if self._spool:
+            samples_seen = done * self._config.batch.global_size
+            self._spool.metrics(
+                done,
+                {
+                    "train/loss": loss,
+                    "train/lr": lr,
+                    "train/grad_norm": grad_norm,
+                    "train/nonfinite_steps": float(bad),
+                    "perf/images_per_s": images_per_s,
+                    "perf/peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                    "data/wait_s": wait / steps,
+                    "data/skipped": float(unreadable.total()),
+                    "epoch": samples_seen / self._num_samples,
+                    "samples_seen": float(samples_seen),
+                },
+            )
+            left = (self._steps - done) * elapsed / steps
+            notes = (f"  not finite {bad}" if bad else "") + (f"  unreadable: {told(unreadable)}" if unreadable else "")
+            self._say(
+                f"step {done:>{len(str(self._steps))}} of {self._steps}  loss {loss:.4f}  lr {lr:.2e}  "
+                f"{images_per_s:,.0f} images/s  waiting {100 * wait / elapsed:.0f} %  left {clock(left)}{notes}"
+            )
+        self.begin()
+
+
+def clock(seconds: float) -> str:
+    """``2:05``, or with hours ``1:02:05``."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
