@@ -149,18 +149,18 @@ class Store:
             temporary.unlink(missing_ok=True)
             raise
 
-    def write(self, name: str, data: bytes | str, *, policy: ReadPolicy = _SHORT) -> None:
+    def write(self, name: str, data: bytes | str, *, policy: ReadPolicy | None = None) -> None:
         """Writes a whole file, or none."""
         content = data.encode() if isinstance(data, str) else data
         self.write_content(name, lambda: [content], policy=policy)
 
-    def write_content(self, name: str, content: Content, *, policy: ReadPolicy = _SHORT) -> None:
+    def write_content(self, name: str, content: Content, *, policy: ReadPolicy | None = None) -> None:
         """Writes a whole file, or none, from wherever its bytes lie: nothing of it is kept.
 
         Args:
             name: The file.
             content: Its bytes; asked for once more at each attempt.
-            policy: How long a remote store is kept at.
+            policy: How long a remote store is kept at; None: as long as a person would wait.
 
         Raises:
             ReadError: The fault of a remote store stays.
@@ -262,12 +262,12 @@ class Store:
                 f"{self.shown()} cannot be {what}: files on http(s):// are only read here, each by its name"
             )
 
-    def _retried(self, act: Callable[[], Result], name: str = "", policy: ReadPolicy = _SHORT) -> Result:
+    def _retried(self, act: Callable[[], Result], name: str = "", policy: ReadPolicy | None = None) -> Result:
         def once() -> Result:
             with objects.faults():
                 return act()
 
-        return retried(once, self.shown(name), policy)
+        return retried(once, self.shown(name), policy or _SHORT)
 
     def _url(self, name: str) -> str:
         return self.path(quote(name))

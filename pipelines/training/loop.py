@@ -1,7 +1,9 @@
 """What every Ray Train worker of a pretraining run does."""
 
+import contextlib
 import errno
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from pipelines.config import identity, identity_hash, total_steps
 from pipelines.data.feed import Feed, join_crew
 from pipelines.data.readers import MicroBatch
 from pipelines.errors import UserError
+from pipelines.lease import guard
 from pipelines.spool import Spool
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
@@ -100,7 +103,7 @@ class _Worker:
         )
         self.stream = make_stream(config, job.train, self.world_size, self.crew.groups)
         self.store = Store(config.run.storage).child(config.run.name)
-        self.folder = RunFolder(self.store) if self.rank == 0 else None
+        self.folder = RunFolder(self.store, guard(job.lease)) if self.rank == 0 else None
         self.spool = Spool(self.folder.path) if self.folder else None
         if self.spool:
             self.spool.status("RUNNING")
@@ -115,7 +118,14 @@ class _Worker:
             job, self.steps, self.model, prober, self.unreadable, self.spool, self.folder, self.say
         )
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
-        self.writer = Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
+        self.writer = Writer(
+            self.store.child("checkpoints"),
+            config.checkpoint.keep,
+            self._push,
+            say=self.say,
+            guard=guard(job.lease),
+            patience_s=60 * config.checkpoint.patience_minutes,
+        )
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
@@ -208,7 +218,7 @@ class _Worker:
             goes_on = done not in probes or self.probe(done, None if held else (done, stretches[done]))
             # Only where everything has been told: a run that continues from here leaves out nothing.
             if save_now or (log_now and time.perf_counter() - self.last_save >= 60 * config.checkpoint.every_minutes):
-                self._save(done)
+                self._save(done, wait=done == self.steps or not goes_on)
             if not goes_on:
                 assert self.reading is not None
                 self.reading.close()
@@ -264,9 +274,13 @@ class _Worker:
 
     # ---- what stands around the steps
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, *, wait: bool = True) -> None:
+        """Saves, after the checkpoint that is still on its way; or later, as soon as that is there."""
         self.last_save = time.perf_counter()
         if self.rank != 0:
+            return
+        if self.writer.busy and not wait:
+            self.last_save = -math.inf
             return
         values = identity(self.config, self.job.train.digest)
         state = {
@@ -335,5 +349,7 @@ class _Worker:
         """Ends what runs beside the loop."""
         if self.follower:
             self.follower.stop(timeout_s=20.0)
+        self.writer.close()
         if self.folder:
-            self.folder.push()
+            with contextlib.suppress(OSError, UserError):  # what ends the run has been told already
+                self.folder.push()

@@ -66,7 +66,7 @@ class Worker:
         self.transfer = Transfer(
             protocol="finetune", seeds=seeds, checkpoint_minutes=1e-9, train=TransferTrain(**values)
         )
-        self.job = SimpleNamespace(store=store, train=TRAIN, test=TEST)
+        self.job = SimpleNamespace(store=store, train=TRAIN, test=TEST, lease=None)
         self.steps_left, self.said, self.evaluated = steps, [], []
 
     def members(self, _seed: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.nodes import wait_until
+from cluster.processes import wait_until
 from mae_core.optim import make_optimizer, set_lr
 from pipelines import storage
 from pipelines.errors import UserError
@@ -152,7 +152,7 @@ def test_a_disk_that_is_cleaned_in_time_costs_nothing(tmp_path):
         writer = Writer(checkpoints, 2, say=told.append)
         before = state_of(model, optimizer)
         writer.save(1, model, optimizer, {})
-        wait_until(lambda: told, 30, lambda: "nothing was said")
+        wait_until(lambda: bool(told), 30, lambda: "nothing was said")
         step(model, optimizer)
         full.unlink()
         writer.wait()
@@ -205,7 +205,7 @@ def test_a_store_that_errs_and_is_away_for_a_while_costs_nothing(proxy, remote, 
     writer = Writer(remote, 2, say=told.append)
     proxy.rules = lambda method, *_: Fault(status=500) if method == "PUT" else None
     writer.save(2, model, optimizer, {})
-    wait_until(lambda: told, 30, lambda: "nothing was said")
+    wait_until(lambda: bool(told), 30, lambda: "nothing was said")
     step(model, optimizer)
     proxy.close_door()
     time.sleep(2.0)
