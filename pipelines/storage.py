@@ -224,10 +224,8 @@ class Store:
 
         def delete() -> None:
             filesystem, root = self._filesystem()
-            if filesystem.get_file_info(root).type == pafs.FileType.Directory or not self.is_local:
-                filesystem.delete_dir_contents(root, missing_dir_ok=True)
-                if self.is_local:
-                    filesystem.delete_dir(root)
+            if filesystem.get_file_info(root).type == pafs.FileType.Directory:
+                filesystem.delete_dir(root)
 
         delete() if self.is_local else self._retried(delete)
 

@@ -240,7 +240,7 @@ def test_what_else_fails_beside_a_checkpoint_is_a_warning(proxy, remote, monkeyp
     told: list[str] = []
 
     def small_files() -> None:
-        remote.write("../run.json", "{}")
+        remote.child("small").write("run.json", "{}")
 
     # Lists (of what is old) fail, and so does what is sent along.
     def rules(method: str, path: str, *_: object) -> Fault | None:
@@ -268,7 +268,7 @@ def test_one_part_of_a_large_file_is_sent_again_alone(proxy, remote):
     )
     remote.write("large", content)
     assert remote.read("large") == content
-    uploads = [each for each in proxy.requests if each.method == "POST" and each.path.endswith("?uploads")]
+    uploads = [each for each in proxy.requests if each.method == "POST" and each.path.endswith("large?uploads")]
     assert len(uploads) == 1
 
 
