@@ -15,7 +15,9 @@ import math
 import os
 import re
 import socket
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +27,7 @@ SPOOL_FILE = "metrics.jsonl"
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_MOST_WAITING = 10_000  # lines, some hundred bytes each
 _NAME = re.compile(r"[/\w.\- :]{1,250}")
 
 
@@ -64,6 +67,8 @@ class Spool:
 
     Opening cuts off a torn last line. A point is written once: at a step at or below the last spooled one of its
     metric it is dropped, so that a run that resumes from an older step leaves no point twice.
+
+    While the disk is full, lines wait in memory, in order. Only the line that a run has ended must be on disk.
     """
 
     def __init__(self, folder: Path):
@@ -80,6 +85,8 @@ class Spool:
                 self._last[name] = max(line["step"], self._last.get(name, line["step"]))
         self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         os.ftruncate(self._file, whole)
+        self._waiting: deque[bytes] = deque()
+        self._lock = threading.Lock()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a step's values; a new metric's name must be one that MLflow takes."""
@@ -105,8 +112,25 @@ class Spool:
         self._write({"time": time.time(), "tags": {name: redact(str(value)) for name, value in tags.items()}})
 
     def status(self, status: Status) -> None:
-        """Notes what the run is doing: RUNNING when it starts or goes on, then how it ended."""
+        """Notes what the run is doing: RUNNING when it starts or goes on, then how it ended.
+
+        Raises:
+            OSError: How it ended cannot be written.
+        """
         self._write({"time": time.time(), "status": status, "by": writer_name(os.getpid())})
+        if status != "RUNNING":
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the lines that wait for a full disk.
+
+        Raises:
+            OSError: It is still full.
+        """
+        with self._lock:
+            while self._waiting:
+                self._append(self._waiting[0])
+                self._waiting.popleft()
 
     def close(self) -> None:
         """Closes the file; everything written is in it already."""
@@ -121,7 +145,14 @@ class Spool:
         return True
 
     def _write(self, line: dict[str, Any]) -> None:
-        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        self._waiting.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        try:
+            self.flush()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(self._waiting) > _MOST_WAITING:
+                raise
+
+    def _append(self, data: bytes) -> None:
         written = os.write(self._file, data)
         if written != len(data):
             # Half a line fitted on the disk.

@@ -123,7 +123,7 @@ class _Worker:
             config.checkpoint.keep,
             self._push,
             say=self.say,
-            guard=guard(job.lease),
+            guard=self._may_write,
             patience_s=60 * config.checkpoint.patience_minutes,
         )
 
@@ -293,6 +293,11 @@ class _Worker:
             "torch": torch.__version__,
         }
         self.writer.save(done, self.model, self.optimizer, state)
+
+    def _may_write(self) -> None:
+        guard(self.job.lease)()
+        if self.spool:
+            self.spool.flush()  # a checkpoint never counts before what was told up to it is on disk
 
     def _push(self) -> None:
         if self.folder:
