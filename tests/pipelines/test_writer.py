@@ -20,7 +20,7 @@ from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.reading import ReadPolicy
 from pipelines.storage import Store
-from pipelines.training import checkpoint
+from pipelines.training import checkpoint, snapshot
 from pipelines.training import writer as writing
 from pipelines.training.writer import Writer
 from tests.pipelines.test_checkpoint import save, small_model, trained
@@ -66,7 +66,14 @@ class SlowStore(Store):
         super().write_content(*args, **options)
 
 
-def test_a_checkpoint_is_the_state_of_its_step_whatever_training_does_meanwhile(tmp_path):
+def test_a_checkpoint_is_the_state_of_its_step_whatever_training_does_meanwhile(tmp_path, monkeypatch):
+    copy = snapshot._copy
+
+    def slow_copy(to: torch.Tensor, tensor: torch.Tensor) -> None:
+        time.sleep(0.002)
+        copy(to, tensor)
+
+    monkeypatch.setattr(snapshot, "_copy", slow_copy)
     checkpoints = SlowStore(str(tmp_path))
     checkpoints.door.clear()
     model, optimizer = trained(2)
