@@ -140,10 +140,10 @@ def hold(
         yield lease
     finally:
         ended.set()
-        heart.join()
+        heart.join(_TRY.deadline_s)  # a store that hangs is not waited for
         with contextlib.suppress(OSError, UserError):
             lease.check()
-            store.remove(FILE)
+            store.remove(FILE, policy=_TRY)
             if store.is_local:
                 store.local().rmdir()  # only where nothing came of it
 

@@ -229,7 +229,7 @@ class Store:
 
         delete() if self.is_local else self._retried(delete)
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, *, policy: ReadPolicy | None = None) -> None:
         """Deletes one file; nothing happens where it does not exist."""
         self._refuse_web("deleted")
         if self.is_local:
@@ -241,7 +241,7 @@ class Store:
             filesystem.delete_file(f"{root}/{name}")
 
         with contextlib.suppress(FileNotFoundError):
-            self._retried(delete, name)
+            self._retried(delete, name, policy)
 
     def _list(self, *, allow_not_found: bool) -> list[pafs.FileInfo]:
         self._refuse_web("listed")

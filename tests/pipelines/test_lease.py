@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -191,21 +192,45 @@ def test_a_holder_that_stood_still_leaves_when_it_was_taken_over(place, begin):
     assert json.loads(store.read(FILE))["pid"] == second.pid
 
 
+class TakenOver(Store):
+    """A folder of checkpoints whose run is taken over while the first file of step 3 is written."""
+
+    def child(self, name: str) -> Store:
+        return TakenOver(self.path(name))
+
+    def write_content(self, name: str, *args: Any, **options: Any) -> None:
+        super().write_content(name, *args, **options)
+        if self.location.endswith("step-00000003"):
+            take_over(Store(self.location.removesuffix("/checkpoints/step-00000003")))
+
+
+def take_over(store: Store) -> None:
+    store.write(FILE, store.read(FILE).replace(b'"token": "', b'"token": "x'))
+
+
 def test_who_works_for_a_lost_lease_writes_no_checkpoint(place):
     store, _ = place
     lost = []
     with hold(store, "it", lost.append, Timing(30.0, 60.0, 0.1)) as lease:
         model, optimizer = trained(1)
-        writer = Writer(store.child("checkpoints"), 2, guard=lease.check)
+        before = store.read(FILE)
+        writer = Writer(TakenOver(store.child("checkpoints").location), 2, guard=lease.check)
         writer.save(1, model, optimizer, {})
         writer.wait()
-        store.write(FILE, json.dumps(dataclasses.asdict(lease.owner) | {"token": "other"}))
+        writer.save(3, model, optimizer, {})
+        with pytest.raises(LeaseLostError):
+            writer.wait()
+        assert not store.exists("checkpoints/step-00000003/manifest.json")
+        store.child("checkpoints/step-00000003").delete()
+        store.write(FILE, before)
+        lease.check()
+        take_over(store)
         writer.save(2, model, optimizer, {})
         with pytest.raises(LeaseLostError):
             writer.wait()
         assert checkpoint.steps(store.child("checkpoints")) == [1]
     # Nor does it take the other's away.
-    assert json.loads(store.read(FILE))["token"] == "other"
+    assert json.loads(store.read(FILE))["token"] == "x" + lease.owner.token
 
 
 def test_a_store_that_is_away_ends_no_holder(request, begin, tmp_path):
