@@ -106,7 +106,7 @@ class Lease:
             )
 
 
-def guard(lease: Lease | None) -> Callable[[], None]:
+def check_of(lease: Lease | None) -> Callable[[], None]:
     """What is called before something is written that only the holder of a lease may write; None: anybody may."""
     return lease.check if lease else lambda: None
 

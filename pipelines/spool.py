@@ -17,7 +17,6 @@ import re
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,6 @@ SPOOL_FILE = "metrics.jsonl"
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
-_MOST_WAITING = 10_000  # lines, some hundred bytes each
 _NAME = re.compile(r"[/\w.\- :]{1,250}")
 
 
@@ -63,18 +61,17 @@ def read_spool(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | N
 
 
 class Spool:
-    """The append side of ``metrics.jsonl``; one process writes it.
+    """The append side of ``metrics.jsonl``; one process writes it, from any of its threads.
 
     Opening cuts off a torn last line. A point is written once: at a step at or below the last spooled one of its
     metric it is dropped, so that a run that resumes from an older step leaves no point twice.
-
-    While the disk is full, lines wait in memory, in order. Only the line that a run has ended must be on disk.
     """
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / SPOOL_FILE
         self._last: dict[str, int] = {}
+        self._writing = threading.Lock()
         whole = 0
         for line, end in read_spool(self._path):
             whole = end
@@ -85,8 +82,6 @@ class Spool:
                 self._last[name] = max(line["step"], self._last.get(name, line["step"]))
         self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         os.ftruncate(self._file, whole)
-        self._waiting: deque[bytes] = deque()
-        self._lock = threading.Lock()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a step's values; a new metric's name must be one that MLflow takes."""
@@ -97,11 +92,13 @@ class Spool:
                 new[name] = number if math.isfinite(number) else str(number)
         if new:
             self._write({"step": step, "time": time.time(), "metrics": new})
+            self._last.update(dict.fromkeys(new, step))
 
     def image(self, step: int, key: str, file: str) -> None:
         """Notes a picture that lies in the run folder, complete; ``file`` is relative to it."""
         if self._is_new(step, f"image:{key}"):
             self._write({"step": step, "time": time.time(), "image": {"key": key, "file": file}})
+            self._last[f"image:{key}"] = step
 
     def artifact(self, file: str, folder: str = "") -> None:
         """Notes a file of the run folder to be uploaded into ``folder`` of the run's artifacts."""
@@ -112,25 +109,8 @@ class Spool:
         self._write({"time": time.time(), "tags": {name: redact(str(value)) for name, value in tags.items()}})
 
     def status(self, status: Status) -> None:
-        """Notes what the run is doing: RUNNING when it starts or goes on, then how it ended.
-
-        Raises:
-            OSError: How it ended cannot be written.
-        """
+        """Notes what the run is doing: RUNNING when it starts or goes on, then how it ended."""
         self._write({"time": time.time(), "status": status, "by": writer_name(os.getpid())})
-        if status != "RUNNING":
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes the lines that wait for a full disk.
-
-        Raises:
-            OSError: It is still full.
-        """
-        with self._lock:
-            while self._waiting:
-                self._append(self._waiting[0])
-                self._waiting.popleft()
 
     def close(self) -> None:
         """Closes the file; everything written is in it already."""
@@ -139,22 +119,15 @@ class Spool:
     def _is_new(self, step: int, name: str) -> bool:
         if name not in self._last:
             assert _NAME.fullmatch(name), f"'{name}' is no name of a metric or picture for MLflow"
-        elif step <= self._last[name]:
-            return False
-        self._last[name] = step
-        return True
+            return True
+        return step > self._last[name]
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._waiting.append(json.dumps(line, allow_nan=False).encode() + b"\n")
-        try:
-            self.flush()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(self._waiting) > _MOST_WAITING:
-                raise
-
-    def _append(self, data: bytes) -> None:
-        written = os.write(self._file, data)
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        with self._writing:
+            written = os.write(self._file, data)
+            if written != len(data):
+                # Half a line fitted on the disk.
+                os.ftruncate(self._file, os.fstat(self._file).st_size - written)
         if written != len(data):
-            # Half a line fitted on the disk.
-            os.ftruncate(self._file, os.fstat(self._file).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))

@@ -1,4 +1,4 @@
-"""What the driver hands to the workers of a pretraining run."""
+"""What passes between the driver and the workers of a pretraining run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,6 +6,10 @@ from typing import Any
 from pipelines.config import Config
 from pipelines.data.shards import Manifest
 from pipelines.lease import Lease
+
+
+class GoBackError(RuntimeError):
+    """The workers begin again at the last checkpoint, and have said why."""
 
 
 @dataclass(frozen=True)

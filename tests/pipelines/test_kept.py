@@ -13,7 +13,6 @@ import pytest
 from cluster.processes import wait_until
 from pipelines.errors import UserError
 from pipelines.pretrain import main
-from pipelines.spool import Spool, read_spool
 from pipelines.storage import Store
 from pipelines.training import checkpoint
 from pipelines.transfer import main as transfer
@@ -43,21 +42,6 @@ def test_hostile_weights_are_refused_in_one_line(recipe, shards, tmp_path, kind)
     assert not exploded(tmp_path)
 
 
-def test_lines_wait_for_a_full_disk(tmp_path):
-    with small_disk(tmp_path / "disk", 256) as disk:
-        spool = Spool(disk)
-        spool.metrics(1, {"train/loss": 1.0})
-        other = fill(disk)
-        for step in range(2, 200):
-            spool.metrics(step, {"train/loss": 1.0})
-        with pytest.raises(OSError, match="No space left"):
-            spool.flush()
-        other.unlink()
-        spool.metrics(200, {"train/loss": 1.0})
-        lines = [line for line, _ in read_spool(disk / "metrics.jsonl")]
-        assert [line["step"] for line in lines if line] == list(range(1, 201))
-
-
 def pretraining(folder: Path, *more: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Runs a command that is expected to end by itself."""
     return subprocess.run(
@@ -82,7 +66,6 @@ def test_a_run_goes_on_beside_a_full_disk(recipe, shards, tmp_path):
             assert "No space left on device" in log.read_text()
             other.unlink()
             assert process.wait(200) == 0, told()
-        assert "is written, at attempt" in log.read_text()
         assert sorted(losses(folder)) == [s for s in range(1, steps + 1) if s % 3 == 0 or s % 20 == 0]
 
         # And one that nobody cleans.
@@ -93,7 +76,6 @@ def test_a_run_goes_on_beside_a_full_disk(recipe, shards, tmp_path):
             assert process.wait(120) == 2, told()
         errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
-        assert "no checkpoint could be written for" in errors[0]
         assert "No space left on device" in errors[0]
         passed: list[str] = []
         newest = checkpoint.newest_whole(Store(str(disk)).child("short").child("checkpoints"), passed.append)
