@@ -50,7 +50,11 @@ class Server:
         command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
         command += ["--artifacts-destination", str(folder / "artifacts")]
         with (folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+            # Without processes for jobs of its own, which take long to start.
+            environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            self._process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         eventually(self.answers, 90)
 
     def answers(self) -> bool:

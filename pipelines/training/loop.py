@@ -20,12 +20,12 @@ from pipelines.config import identity, identity_hash, total_steps
 from pipelines.data.feed import Feed, join_crew
 from pipelines.data.readers import MicroBatch
 from pipelines.errors import DIVERGED, FAILED, USAGE_ERROR, UserError
-from pipelines.spool import Spool
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
 from pipelines.training import checkpoint, nonfinite
 from pipelines.training.build import build_model, fit_target, initial_weights, make_stream, make_trainer
 from pipelines.training.evaluation import Evaluation
+from pipelines.training.exporting import ExportedSpool
 from pipelines.training.guard import BAD_STEPS_IN_A_ROW, Guard
 from pipelines.training.job import GoBackError, Job
 from pipelines.training.probing import Prober
@@ -109,7 +109,7 @@ class _Worker:
         self.stream = make_stream(config, job.train, self.world_size, self.crew.groups)
         self.store = Store(config.run.storage).child(config.run.name)
         self.folder = RunFolder(self.store) if self.rank == 0 else None
-        self.spool = Spool(self.folder.path) if self.folder else None
+        self.spool = ExportedSpool(self.folder.path, config.run.name) if self.folder else None
         if self.spool:
             self.spool.status("RUNNING")
         self.follower = start_follower(self.folder.path) if self.folder and not job.followed else None
@@ -124,7 +124,10 @@ class _Worker:
             job, self.steps, self.model, prober, self.unreadable, self.spool, self.folder, self.say
         )
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
-        self.writer = Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
+        # A checkpoint without the points before it would lose them: nobody does these steps again.
+        self.writer = Writer(
+            self.store.child("checkpoints"), config.checkpoint.keep, self._push, guard=self.progress.flush
+        )
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
@@ -281,6 +284,7 @@ class _Worker:
             )
             if again:
                 self.progress.let_go()
+                self.progress.flush()
         again = broadcast_from_rank_zero(again)
         where = f"the loss or a gradient was not finite in the steps {row[0]} to {row[-1]}"
         listed = self.store.path(nonfinite.FILE)
@@ -374,6 +378,7 @@ class _Worker:
     def finish(self) -> None:
         """The last probes; then the result is written."""
         self.writer.wait()
+        self.progress.flush()
         scores = self.evaluation.at_the_end()
         if self.spool and self.folder:
             result = {
@@ -381,6 +386,7 @@ class _Worker:
                 "identity": identity_hash(identity(self.config, self.job.train.digest)),
                 "scores": scores,
                 "skipped": dict(self.unreadable.counts),
+                "tracking_s": self.progress.tracking(),
             }
             self.folder.write("result.json", json.dumps(result, indent=2))
             for name in ("config.json", "result.json", "skipped.jsonl"):
@@ -393,13 +399,15 @@ class _Worker:
     def give_up(self) -> None:
         """Ends the run where a probe's verdict ends it; the same name continues it."""
         self.writer.wait()
+        self.progress.flush()
         if self.spool:
             self.spool.status("FINISHED")
             self._push()
 
     def close(self) -> None:
         """Ends what runs beside the loop."""
-        if self.follower:
-            self.follower.stop(timeout_s=20.0)
+        if self.follower and not self.follower.stop(timeout_s=20.0) and not self.store.is_local:
+            # Where the folder is here, the driver tries once more, and says it.
+            self.say(f"warning: MLflow lacks some of the record, which is whole in {self.store.location}")
         if self.folder:
             self.folder.push()

@@ -1,14 +1,17 @@
 """What is told of the steps since the last log point: a line in the terminal, a point in the record."""
 
+import functools
 import resource
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from pipelines.config import Config
 from pipelines.spool import Spool
+from pipelines.training.recorder import Recorder
 from pipelines.training.step import Trainer
 from pipelines.training.unreadable import Unreadable, over_ranks, told
 
@@ -39,6 +42,8 @@ class Progress:
         self._config, self._steps, self._num_samples = config, steps, num_samples
         self._unreadable, self._device, self._spool, self._say = unreadable, device, spool, say
         self._began = 0.0
+        self._recorder = Recorder(say)
+        self._tracking_s: list[float] = []
         self._held: list[tuple[int, dict[str, float]]] = []
 
     def begin(self) -> None:
@@ -89,24 +94,44 @@ class Progress:
                 "data/skipped": float(unreadable.total()),
                 "epoch": samples_seen / self._num_samples,
                 "samples_seen": float(samples_seen),
+                # This one's own is not known yet.
+                "perf/tracking_s": self._tracking_s[-1] if self._tracking_s else 0.0,
             }
             self._held.append((done, values))
-            if not hold:
-                self.let_go()
             left = (self._steps - done) * elapsed / steps
             notes = (f"  not finite {bad}" if bad else "") + (f"  unreadable: {told(unreadable)}" if unreadable else "")
-            self._say(
+            line = (
                 f"step {done:>{len(str(self._steps))}} of {self._steps}  loss {loss:.4f}  lr {lr:.2e}  "
                 f"{images_per_s:,.0f} images/s  waiting {100 * wait / elapsed:.0f} %  left {clock(left)}{notes}"
             )
+            began = time.perf_counter()
+            if not hold:
+                self.let_go()
+            self._recorder.do(functools.partial(self._say, line))
+            self._tracking_s.append(time.perf_counter() - began)
         self.begin()
 
     def let_go(self) -> None:
-        """Writes the points that were kept back."""
+        """Hands over the points that were kept back."""
         held, self._held = self._held, []
         for done, values in held:
             if self._spool:
-                self._spool.metrics(done, values)
+                self._recorder.do(functools.partial(self._spool.metrics, done, values))
+
+    def flush(self) -> None:
+        """Waits until all that was told is in the record.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        self._recorder.flush()
+
+    def tracking(self) -> dict[str, float]:
+        """What telling has cost the loop at its log points since it began: their number, and seconds of one."""
+        if not self._tracking_s:
+            return {"points": 0}
+        p50, p99, most = np.quantile(self._tracking_s, [0.5, 0.99, 1.0]).tolist()
+        return {"points": len(self._tracking_s), "p50": p50, "p99": p99, "max": most}
 
 
 def clock(seconds: float) -> str:
