@@ -255,6 +255,7 @@ def _result(measured: dict[str, _Measured], device: str) -> dict[str, Any]:
             "arms": {
                 name: {
                     "seconds": summary(seconds[name]),
+                    "cpu_seconds": summary([one.turns[r][0] * one.turns[r][1] for r in kept]),
                     "gflops": one.gflops,
                     "first_loss": one.loss,
                     "last_loss": one.turns[-1][2],
