@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from timm.layers.attention import Attention
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
 # An operator of our own, so that a compiler leaves the operands as they lie: a transpose is not worth a copy.
@@ -96,14 +97,19 @@ class SelfAttention(Attention):
         query, key, value = (
             part.transpose(1, 2) for part in self.qkv(x).view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
         )
-        slow = x.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
-        if slow or not self.fused_attn:
-            # The fused backward takes four times as long there as plain products.
-            weights = ((query * self.scale) @ key.transpose(2, 3)).softmax(dim=-1, dtype=query.dtype)
-            mixed = weights @ value
+        if not self.fused_attn:
+            mixed = self._plain(query, key, value)
+        elif x.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
+            # The fused backward takes four times as long there as plain products. Their weights, which it does not
+            # keep either, are computed anew.
+            mixed = checkpoint(self._plain, query, key, value, use_reentrant=False, preserve_rng_state=False)
         else:
             mixed = nn.functional.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).reshape(B, T, D))
+
+    def _plain(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        weights = ((query * self.scale) @ key.transpose(2, 3)).softmax(dim=-1, dtype=query.dtype)
+        return self.attn_drop(weights) @ value
 
 
 def use_fast_layers(model: nn.Module) -> None:
