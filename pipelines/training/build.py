@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mae_core import weights
+from mae_core.checkpointing import checkpoint_activations
 from mae_core.images import normalize
 from mae_core.masking import Masking
 from mae_core.model import MaskedAutoencoder
@@ -18,21 +19,23 @@ from pipelines.data.readers import Stream, View, parse_block, read_blocks
 from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
 from pipelines.reading import ReadPolicy
+from pipelines.training.clock import StepClock
 from pipelines.training.step import Trainer, autocast
+from pipelines.training.upload import Upload
 
 FIT_IMAGES = GRAIN
 _FIT_ROWS = 64
 
 
 def build_model(config: Config) -> MaskedAutoencoder:
-    """The model that a configuration describes, on the current default device.
+    """The model that a configuration describes, on the current default device, as it is trained.
 
     Raises:
         UserError: Its parts do not go together.
     """
     model = config.model
     try:
-        return MaskedAutoencoder(
+        built = MaskedAutoencoder(
             model.arch,
             image_size=config.data.image_size,
             patch_size=model.patch_size or None,
@@ -48,6 +51,9 @@ def build_model(config: Config) -> MaskedAutoencoder:
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
+    if config.train.checkpoint_activations:
+        checkpoint_activations(built)
+    return built
 
 
 def make_stream(config: Config, manifest: Manifest, world_size: int, groups: int = 1) -> Stream:
@@ -88,7 +94,8 @@ def make_trainer(
         optimizer,
         cut,
         masking,
-        config.run.seed,
+        Upload(device, config.run.seed),
+        StepClock(device),
         torch.tensor(config.data.mean, device=device),
         torch.tensor(config.data.std, device=device),
         device,

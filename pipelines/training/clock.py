@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
@@ -14,9 +15,8 @@ class StepClock:
     """Adds up what each part of a step takes; the loop asks once in a while.
 
     On a CPU every step is timed. On a GPU events are put among the kernels of one step between two readings, the
-    second: after the first one's reading the host has to get ahead again. Nobody waits for them: whoever reads has
-    waited for the device already, since it has the losses. So the data's part is how long the device had to wait for it, not
-    how long the host did.
+    second: in the first the host has to get ahead again. Nobody waits for them: whoever reads has waited for the device
+    already, since it has the losses. So the data's part is how long the device had to wait, not the host.
 
     Args:
         device: Where the steps compute.
@@ -27,7 +27,7 @@ class StepClock:
         self._restart()
 
     def _restart(self) -> None:
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._last = 0.0
         self._steps = 0
         self._events: list[tuple[str, Any]] = []
@@ -73,7 +73,7 @@ class StepClock:
         model.register_comm_hook(self, _all_reduce)
 
 
-def _all_reduce(clock: StepClock, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _all_reduce(clock: StepClock, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The mean of gradients over the workers, bit for bit as DDP takes it without a hook."""
     if bucket.is_last():
         clock.mark("backward")

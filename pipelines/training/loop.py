@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 import ray.train
@@ -22,11 +23,12 @@ from pipelines.errors import UserError
 from pipelines.spool import Spool
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
-from pipelines.training import checkpoint
+from pipelines.training import checkpoint, micro_size
 from pipelines.training.build import build_model, fit_target, initial_weights, make_stream, make_trainer
 from pipelines.training.evaluation import Evaluation
 from pipelines.training.job import Job
 from pipelines.training.probing import Prober
+from pipelines.training.profiling import PROFILE, Profile
 from pipelines.training.progress import Progress
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import Trainer, autocast, train_step
@@ -79,14 +81,19 @@ class _Worker:
     """One rank of a run: its share of the data, its replica of the model, and on rank 0 the record."""
 
     def __init__(self, job: Job):
-        config, context = job.config, ray.train.get_context()
-        self.job, self.config = job, config
+        context = ray.train.get_context()
+        self.job = job
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             # Ray sets one thread a worker; the workers of a node share its cores.
             cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(config.scale.threads or max(1, cores // context.get_local_world_size()))
+            torch.set_num_threads(job.config.scale.threads or max(1, cores // context.get_local_world_size()))
+        self.store = Store(job.config.run.storage).child(job.config.run.name)
+        config, found = micro_size.resolve(job.config, self.store, self.device, context.get_local_world_size())
+        self.config = config
+        if found:
+            self.say(found)
         self.steps = total_steps(config, job.train.num_samples)
         per_node = config.scale.executions
         self.crew = join_crew(
@@ -98,16 +105,17 @@ class _Worker:
             per_node=per_node == "node" or (per_node == "auto" and self.world_size > MOST_IN_ONE_EXECUTION),
         )
         self.stream = make_stream(config, job.train, self.world_size, self.crew.groups)
-        self.store = Store(config.run.storage).child(config.run.name)
         self.folder = RunFolder(self.store) if self.rank == 0 else None
         self.spool = Spool(self.folder.path) if self.folder else None
         if self.spool:
             self.spool.status("RUNNING")
+            if found:
+                self.spool.tags({"micro_size": str(self.stream.cut.rows)})
         self.follower = start_follower(self.folder.path) if self.folder and not job.followed else None
         self.unreadable = Unreadable(self.folder, self.device)
         self.model = build_model(config).to(self.device)
         self.progress = Progress(
-            config, self.steps, job.train.num_samples, self.unreadable, self.device, self.spool, self.say
+            config, self.model, self.steps, job.train.num_samples, self.unreadable, self.device, self.spool, self.say
         )
         prober = Prober(config, self.crew, self.device, self.autocast)
         self.evaluation = Evaluation(
@@ -192,11 +200,15 @@ class _Worker:
         batches = self._audited(self._read_on())
         window: list[torch.Tensor] = []
         self.last_save = time.perf_counter()
+        if self.folder and config.log.profile:
+            self.profile = Profile(self.folder.path / PROFILE, self.device)
         self.progress.begin()
         for step in range(start, self.steps):
             lr = lr_at(step, **schedule)
             window.append(train_step(trainer, batches, lr))
             done = step + 1
+            if self.profile:
+                self._keep(self.profile.step())
             save_now = done == self.steps or (save_every and done % save_every == 0)
             save_now = save_now or (self.job.judged and done in probes)
             if log_now := save_now or done % config.log.every == 0:
@@ -212,6 +224,8 @@ class _Worker:
                 assert self.reading is not None
                 self.reading.close()
                 return False
+        if self.profile:
+            self._keep(self.profile.end())
         if next(batches, None) is not None:
             raise RuntimeError("the data holds more than the run's steps")
         return True
@@ -229,7 +243,17 @@ class _Worker:
         if self.world_size > 1:
             # The only buffers are a fitted target's, which never change.
             model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-        return make_trainer(self.config, model, self.model.masking, self.optimizer, self.stream.cut, self.device)
+        trainer = make_trainer(self.config, model, self.model.masking, self.optimizer, self.stream.cut, self.device)
+        if isinstance(model, DistributedDataParallel):
+            trainer.clock.watch(model)
+        return trainer
+
+    def _keep(self, files: list[Path]) -> None:
+        """Notes the files of a profile, where it has just been written."""
+        if files and self.spool and self.folder:
+            for path in files:
+                self.spool.artifact(path.relative_to(self.folder.path).as_posix(), PROFILE)
+            self.say(f"profile: {', '.join(str(path) for path in files)}")
 
     def _audited(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Writes down the ids of what arrives, where the run asks for it; otherwise changes nothing."""
@@ -260,6 +284,7 @@ class _Worker:
     bad_in_a_row = 0
     last_save = 0.0
     reading: Feed | None = None
+    profile: Profile | None = None
 
     # ---- what stands around the steps
 
@@ -332,6 +357,8 @@ class _Worker:
 
     def close(self) -> None:
         """Ends what runs beside the loop."""
+        if self.profile:
+            self.profile.end()
         if self.follower:
             self.follower.stop(timeout_s=20.0)
         if self.folder:

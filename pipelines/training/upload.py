@@ -33,8 +33,8 @@ def _arrays(seed: int, batch: MicroBatch) -> tuple[np.ndarray, np.ndarray, np.nd
 class Upload:
     """Copies micro-batches to a device.
 
-    The host runs ahead of a GPU: when it comes for the next micro-batch, the GPU is still computing with the present one.
-    So a copy has only to keep off the stream of the computation, which it would wait for, and to come from pinned
+    The host runs ahead of a GPU: when it comes for the next micro-batch, the GPU is still computing with the present
+    one. So a copy has only to keep off the stream of the computation, which it would wait for, and to come from pinned
     memory, so that the host does not wait for it. There are two places for a micro-batch on either side, filled in
     turn: the copy into one waits, on the GPU, until what was there has been used, and the host, before it writes over
     pinned memory, until that has been copied. So the host is two micro-batches ahead at most, and nothing is
@@ -77,7 +77,7 @@ class _Slot:
     def __init__(self, arrays: tuple[np.ndarray, ...], stream: torch.cuda.Stream, device: torch.device):
         self._pinned = [torch.from_numpy(array.copy()).pin_memory() for array in arrays]
         self._there = [torch.empty_like(tensor, device=device) for tensor in self._pinned]
-        self._stream = stream
+        self._device, self._stream = device, stream
         self._copied, self._freed = torch.cuda.Event(), torch.cuda.Event()
         self._freed.record()  # the memory may have been another tensor's
 
