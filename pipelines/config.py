@@ -237,6 +237,8 @@ class Log(Section):
     """Write the sample ids of every step to ids/ in the run's folder: a proof of the order, for audits."""
     profile: Annotated[bool, tyro.conf.arg(aliases=["--profile"])] = False
     """Write a torch.profiler trace of ten steps, and a table of the slowest operators, as artifacts of the run."""
+    ids_folder: str = ""
+    """Folder for log.ids that all workers share, where run.storage is remote; empty: ids/ in the run's folder."""
 
 
 class Config(Section):

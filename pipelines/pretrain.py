@@ -29,7 +29,7 @@ from pipelines.errors import UserError, run_command
 from pipelines.ray_session import connect
 from pipelines.spool import Spool
 from pipelines.storage import Store, absolute
-from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send
+from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send, send_rest
 from pipelines.training import checkpoint
 from pipelines.training.build import check_initial_weights, check_model
 from pipelines.training.job import Job
@@ -54,11 +54,10 @@ def resolve(config: Config) -> Config:
     """The configuration with every path absolute, since workers run in other folders and on other machines."""
     values = config.model_dump()
     values["run"]["storage"] = absolute(config.run.storage)
-    for section, key in (("data", "train"), ("probe", "train"), ("probe", "test")):
+    places = (("data", "train"), ("probe", "train"), ("probe", "test"), ("run", "init_from"), ("log", "ids_folder"))
+    for section, key in places:
         if values[section][key]:
             values[section][key] = absolute(values[section][key])
-    if config.run.init_from:
-        values["run"]["init_from"] = absolute(config.run.init_from)
     return Config.model_validate(values)
 
 
@@ -78,8 +77,10 @@ def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
         check_initial_weights(config)
     if Store(config.run.storage).is_web:
         raise UserError(f"run.storage: nothing can be written to {config.run.storage}; name a folder, s3:// or gs://")
-    if config.log.ids and not Store(config.run.storage).is_local:
-        raise UserError("log.ids writes to a local run.storage only")
+    if config.log.ids and not Store(config.log.ids_folder or config.run.storage).is_local:
+        raise UserError(
+            "log.ids writes to a local run.storage only: name a folder that all workers share, log.ids_folder"
+        )
     train = load_manifest(config.data.train)
     total_steps(config, train.num_samples)
     probes = [load_manifest(where) if where else None for where in (config.probe.train, config.probe.test)]
@@ -272,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         finally:
             printer.stop()
-    left = send(folder.path, timeout_s=30.0) if store.is_local else None
+    left = send_rest(folder.path, timeout_s=30.0) if store.is_local else None
     result = json.loads(store.read("result.json"))
     print(summary(config, result, tracking_uri, time.perf_counter() - started))
     if left is not None and left.left:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.nodes import free_ports, wait_until
+from cluster.processes import free_ports, wait_until
 
 ROOT = Path(__file__).parents[1]
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]

@@ -33,6 +33,7 @@ from pipelines.training.progress import Progress
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import Trainer, autocast, train_step
 from pipelines.training.unreadable import Unreadable
+from pipelines.training.writer import Writer
 
 # A disk that is full or closed stays so: starting again is of no use.
 _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -122,7 +123,7 @@ class _Worker:
             job, self.steps, self.model, prober, self.unreadable, self.spool, self.folder, self.say
         )
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
-        self.writer = checkpoint.Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
+        self.writer = Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
@@ -260,8 +261,8 @@ class _Worker:
         if not self.config.log.ids:
             yield from batches
             return
-        assert self.store.is_local, "checked by the driver"
-        path = self.store.local("ids") / f"rank-{self.rank:04d}-of-{self.world_size:04d}.jsonl"
+        ids = Store(self.config.log.ids_folder) if self.config.log.ids_folder else self.store.child("ids")
+        path = ids.local(f"rank-{self.rank:04d}-of-{self.world_size:04d}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Tells one attempt from the next, on all ranks alike: only in another one may a micro-batch come again.
         began = broadcast_from_rank_zero(time.time())

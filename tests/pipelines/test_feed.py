@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray._private.internal_api import node_stats
 
-from benchmarks.nodes import wait_until
+from cluster.processes import wait_until
 from pipelines.data import feed as feed_module
 from pipelines.data import readers
 from pipelines.data.feed import Crew, Feed, join_crew

@@ -27,6 +27,7 @@ from pipelines.training import checkpoint
 from pipelines.training.build import build_model, check_model, fit_target
 from pipelines.training.pictures import save_reconstructions
 from pipelines.training.step import Trainer, train_step
+from pipelines.training.writer import Writer
 
 NUM, STEPS = 40, 3
 TINY: dict[str, Any] = {
@@ -110,7 +111,7 @@ def pretrain(config: Config, manifest: Manifest, checkpoints: Store, stop: int =
     )  # fmt: skip
     batches = batches_of(stream, start)
     losses = [float(train_step(trainer, batches, 1e-3)[0]).hex() for _ in range(start, stop)]
-    writer = checkpoint.Writer(checkpoints, 2, lambda: None)
+    writer = Writer(checkpoints, 2)
     writer.save(stop, model, optimizer, {"step": stop, "skipped": {}})
     writer.wait()
     return losses, model

@@ -18,7 +18,7 @@ import safetensors.torch
 import timm
 
 from benchmarks.audit import CONTINUED
-from benchmarks.nodes import free_ports, wait_until
+from cluster.processes import free_ports, wait_until
 from mae_core.weights import encoder_state, load_official
 from pipelines.config import identity, identity_hash
 from pipelines.data.plan import Plan

@@ -1,0 +1,36 @@
+"""A run's newest point as gauges for Prometheus, at the metrics port of the node of rank 0.
+
+Ray puts ``ray_`` before its metrics: ``train/loss`` of the record is ``ray_mae_train_loss{run="NAME"}`` there. Every
+node says where its port is: ``ray.nodes()``, ``MetricsExportPort``; a head with a dashboard writes a file of all of
+them for Prometheus. Ray collects the values of a process every 10 s; setting one asks nobody.
+"""
+
+import re
+from collections.abc import Mapping
+
+from ray.util.metrics import Gauge
+
+
+def metric_name(name: str) -> str:
+    """What a metric of the record is called, without Ray's ``ray_``."""
+    return "mae_" + re.sub(r"\W", "_", name)
+
+
+class Exporter:
+    """The gauges of one run.
+
+    Args:
+        run: The run's name, their tag ``run``.
+    """
+
+    def __init__(self, run: str):
+        self._run = run
+        self._gauges: dict[str, Gauge] = {}
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Shows values by their names in the record, until newer ones come or the process ends."""
+        for name, value in values.items():
+            if name not in self._gauges:
+                gauge = Gauge(metric_name(name), description=f"{name} of a run", tag_keys=("run",))
+                self._gauges[name] = gauge.set_default_tags({"run": self._run})
+            self._gauges[name].set(float(value))
