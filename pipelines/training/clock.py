@@ -23,7 +23,7 @@ class StepClock:
     """
 
     def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._restart()
 
     def _restart(self) -> None:
@@ -51,7 +51,7 @@ class StepClock:
             self._last = now
         elif self._steps <= 2:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._events.append((part, event))
 
     def take(self) -> dict[str, float]:

@@ -26,6 +26,7 @@ from pipelines.training.build import build_model, make_trainer
 from pipelines.training.dry_run import random_batch
 from pipelines.training.step import train_step
 from pipelines.training.unreadable import over_ranks
+from pipelines.training.upload import Upload
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -134,7 +135,7 @@ def _search(config: Config, device: torch.device, limit: int, memory_share: floa
     trainer = make_trainer(config, model, model.masking, optimizer, Cut(1, 1, 1), device)
 
     def step(rows: int) -> float:
-        trainer.cut = Cut(2 * rows, rows, 1)
+        trainer.cut, trainer.upload = Cut(2 * rows, rows, 1), Upload(device, config.run.seed)
         batches = itertools.repeat(random_batch(config, rows))
         start = time.perf_counter()
         train_step(trainer, batches, 0.0).tolist()  # waits for the device
@@ -153,6 +154,7 @@ def _search(config: Config, device: torch.device, limit: int, memory_share: floa
             return True
         # Not in the handler, where the error still holds all that did fit.
         optimizer.zero_grad(set_to_none=True)
+        trainer.upload = Upload(device, config.run.seed)
         gc.collect()
         torch.cuda.empty_cache()
         return False

@@ -40,6 +40,8 @@ class Upload:
     pinned memory, until that has been copied. So the host is two micro-batches ahead at most, and nothing is
     allocated from step to step.
 
+    All micro-batches have the same number of rows, as a run's have.
+
     On a CPU a copy out of the object store is all there is: it takes some hundredths of a per cent of a step.
 
     Args:
@@ -79,7 +81,7 @@ class _Slot:
         self._there = [torch.empty_like(tensor, device=device) for tensor in self._pinned]
         self._device, self._stream = device, stream
         self._copied, self._freed = torch.cuda.Event(), torch.cuda.Event()
-        self._freed.record()  # the memory may have been another tensor's
+        self.free()  # the memory may have been another tensor's
 
     def fill(self, arrays: tuple[np.ndarray, ...]) -> OnDevice:
         """Copies, and lets the present stream wait for it."""
@@ -89,10 +91,10 @@ class _Slot:
             for array, pinned, there in zip(arrays, self._pinned, self._there, strict=True):
                 np.copyto(pinned.numpy(), array)
                 there.copy_(pinned, non_blocking=True)
-            self._copied.record()
+            self._copied.record(self._stream)
         torch.cuda.current_stream(self._device).wait_event(self._copied)
         return OnDevice(*self._there)
 
     def free(self) -> None:
         """All that uses this micro-batch has been given to the present stream."""
-        self._freed.record()
+        self._freed.record(torch.cuda.current_stream(self._device))
