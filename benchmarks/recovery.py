@@ -39,8 +39,10 @@ KEEP_GOING = range(SAVE_EVERY, 3 * SAVE_EVERY)  # new steps between a recovery a
 PATIENCE_S = 300.0  # nothing that is waited for may take longer
 TOLERANCE = 1e-5
 
-Kind = Literal["worker", "node", "driver"]
-KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
+NOTICE_S = 30  # from a node's notice to its end
+
+Kind = Literal["worker", "node", "driver", "stopped", "drained"]
+KINDS: tuple[Kind, ...] = ("worker", "node", "driver")
 
 
 class Recovery(BaseModel):
@@ -52,7 +54,7 @@ class Recovery(BaseModel):
     """How often something is killed."""
     kinds: tuple[Kind, ...] = KINDS
     """What is killed: a worker's process; a node with all that is on it (another one joins); the driver (started
-    again)."""
+    again). Also 'stopped': a worker's process that hangs; 'drained': a node, with notice."""
     seed: int = 0
     """Decides what is killed when."""
     output: Annotated[str, tyro.conf.arg(name="json")] = ""
@@ -162,8 +164,13 @@ def strike(kind: Kind, run: Run, state: State, dice: random.Random) -> None:
     victim, workers = dice.choice([(name, found) for name in nodes if (found := members.training(state, name))])
     if kind == "worker":
         dice.choice(workers).kill()
+    elif kind == "stopped":
+        dice.choice(workers).suspend()
     else:
-        operations.kill(read(state.folder), victim)
+        if kind == "node":
+            operations.kill(read(state.folder), victim)
+        else:
+            operations.drain(read(state.folder), victim, NOTICE_S, "benchmark")
         operations.add(state)
 
 
@@ -171,7 +178,8 @@ def disturb(run: Run, state: State, kinds: Sequence[Kind], dice: random.Random) 
     """Kills one thing after the other.
 
     Returns:
-        What was killed, and the seconds from there to the end of the first step that had not been done before.
+        What was killed, and the seconds from there to the end of the first step that had not been done before; of a
+        node with notice, which may work on for a while, those between its last step and that one.
     """
     recovered: list[tuple[Kind, float]] = []
     for kind in kinds:
@@ -182,8 +190,9 @@ def disturb(run: Run, state: State, kinds: Sequence[Kind], dice: random.Random) 
         # Counted when the old workers have gone: the last ones may have done another step after the blow.
         before = run.step()
         run.wait_for(before + 1)
-        new = min(step for step in points(run.folder) if step > before)
-        recovered.append((kind, points(run.folder)[new].time - struck))
+        done = points(run.folder)
+        new = min(step for step in done if step > before)
+        recovered.append((kind, done[new].time - (done[before].time if kind == "drained" else struck)))
         print(f"  {kind:7} killed at step {before:4}: next new step after {recovered[-1][1]:5.1f} s", flush=True)
     return recovered
 

@@ -42,6 +42,7 @@ NODES, WORKERS = 3, 2
 GLOBAL_SIZE, LOG_EVERY, SAVE_EVERY = 128, 5, 20  # images a step, steps, steps
 SHARDS, RUNS = f"s3://{BUCKET}/digits", f"s3://{BUCKET}/runs"
 PATIENCE_S = 300.0  # nothing that is waited for may take longer
+KEEP_EVERY_S = 5.0
 # Ray keeps some idle processes, now more and now fewer.
 MORE_PROCESSES, MORE_MEMORY = 10, 1.25
 
@@ -120,6 +121,7 @@ class Run:
     def __init__(self, state: State, name: str, folder: Path):
         self._state, self.name, self.folder = state, name, folder / name
         self.submitted = 0
+        self._looked = 0.0
         self.submit()
 
     def submit(self) -> None:
@@ -151,7 +153,10 @@ class Run:
         return json.loads(found)["status"] if found else "UNKNOWN"
 
     def keep(self) -> None:
-        """Submits it again if its driver has died."""
+        """Submits it again if its driver has died; looks every few seconds."""
+        if time.monotonic() - self._looked < KEEP_EVERY_S:
+            return
+        self._looked = time.monotonic()
         if self.status() == "FAILED":
             print(f"  the driver has died: {self.told()[-2000:]}", flush=True)
             self.submit()

@@ -33,6 +33,8 @@ _SETTINGS = FAST_HEALTH_CHECKS | {
     # A job that is stopped has so long from SIGTERM to SIGKILL, for its last checkpoint: 3 s by default. Jobs read it
     # on the head.
     "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    # A run has more actors than a small node has CPUs: its raylet would warn of every dozen of them in the job's log.
+    "RAY_worker_maximum_startup_concurrency": "16",
 }
 
 

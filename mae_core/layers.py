@@ -96,7 +96,8 @@ class SelfAttention(Attention):
         query, key, value = (
             part.transpose(1, 2) for part in self.qkv(x).view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
         )
-        if x.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
+        slow = x.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
+        if slow or not self.fused_attn:
             # The fused backward takes four times as long there as plain products.
             weights = ((query * self.scale) @ key.transpose(2, 3)).softmax(dim=-1, dtype=query.dtype)
             mixed = weights @ value

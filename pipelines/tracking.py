@@ -354,25 +354,32 @@ class Follower:
         """
         deadline = time.monotonic() + timeout_s
         self._stopped.set()
-        if self._process and (self._process.poll() or 0) < 0:
+        code = self._ask_to_end(timeout_s)
+        if code < 0 and self._process:
             # Killed a moment ago: another one sends the rest, which the watcher may be starting now.
             self._watcher.join()
             if self._process and self._process.poll() is not None:
                 self._process = self._start()
-        if self._process is None:
-            return False
-        assert self._process.stdin is not None
+            code = self._ask_to_end(deadline - time.monotonic())
+        return code == 0
+
+    def _ask_to_end(self, timeout_s: float) -> int:
+        """The follower's code; 1 where it was killed, as it took longer, or is not there."""
+        process, timeout_s = self._process, max(0.0, timeout_s)
+        if process is None:
+            return 1
+        assert process.stdin is not None
         with contextlib.suppress(OSError):
-            self._process.stdin.write(f"stop {timeout_s}\n".encode())
-            self._process.stdin.flush()
+            process.stdin.write(f"stop {timeout_s}\n".encode())
+            process.stdin.flush()
         try:
-            return self._process.wait(max(0.0, deadline - time.monotonic())) == 0
+            return process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            return False
+            process.kill()
+            process.wait()
+            return 1
         finally:
-            _hang_up(self._process)
+            _hang_up(process)
 
 
 def _hang_up(process: "subprocess.Popen[bytes]") -> None:

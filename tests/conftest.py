@@ -96,6 +96,14 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]
         server.stop()
 
 
+@pytest.fixture(scope="module")
+def not_nice() -> Iterator[None]:
+    """Ray's workers compete on equal terms with what else this machine does; at Ray's niceness of 15 they starve."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        yield
+
+
 @pytest.fixture
 def short_folder() -> Iterator[str]:
     """A folder for Ray: socket paths have a length limit."""

@@ -23,6 +23,7 @@ from pipelines import provenance
 from pipelines.cli import parse_with_file, to_toml
 from pipelines.config import Config, flat, identity, total_steps
 from pipelines.errors import UserError, run_command
+from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
 from pipelines.pretrain import main as pretrain_main
 from pipelines.ray_session import connect
@@ -109,15 +110,16 @@ def cells(search: Search, space: Space) -> list[Cell]:
     return [Cell(values, search.run.seed + seed) for values in points for seed in range(search.seeds)]
 
 
-def definition(search: Search, space: Space, digest: str) -> dict[str, Any]:
+def definition(search: Search, space: Space, images: Images) -> dict[str, Any]:
     """What makes a search the same search: another one must not go on in its folder."""
-    varied = {axis.key for axis in space.axes}
-    values = identity(pretraining(search), digest)
+    assert images.labelled is not None
+    config, varied = pretraining(search), {axis.key for axis in space.axes}
+    values = identity(config, images.train.digest) | parent.probed(config, images.labelled)
     base = {key: value for key, value in values.items() if key not in varied}
     asked = {
         key: getattr(search, key) for key in ("sampler", "seeds", "objective", "reports", "scheduler", "reduction")
     }
-    return {"space": space.digest, **asked, **base}
+    return {"space": space.digest, **asked, "probe.early_share": search.probe.early_share, **base}
 
 
 def open_search(store: Store, search: Search, wanted: dict[str, Any]) -> None:
@@ -232,8 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ready = read_search(argv)
     search = ready.search
     store = Store(search.run.storage).child(search.run.name)
-    with connect(address=search.scale.address):
-        ended, ranked = _run(ready, store)
+    with hold(store, f"search '{search.run.name}'") as lease, connect(address=search.scale.address):
+        ended, ranked = _run(ready, store, lease)
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{table(ranked, search.objective)}\n")
     print(f"search '{search.run.name}' {'finished' if ended else 'ended'} in {minutes:.1f} min")
@@ -250,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return final(search, ranked[0], store) if search.final else 0
 
 
-def _run(ready: _Ready, store: Store) -> tuple[bool, list[Ranked]]:
+def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]:
     """Runs the trials, with the search's own record.
 
     Returns:
@@ -261,7 +263,7 @@ def _run(ready: _Ready, store: Store) -> tuple[bool, list[Ranked]]:
 
     search, space, config = ready.search, ready.space, ready.config
     room = share(config, search.concurrent)
-    open_search(store, search, definition(search, space, ready.images.train.digest))
+    open_search(store, search, definition(search, space, ready.images))
     values = config.model_dump()
     values["scale"] |= {"reading_cpus": room.reading_cpus, "threads": room.threads}
     folder, journal = RunFolder(store), Journal(store)
@@ -285,6 +287,7 @@ def _run(ready: _Ready, store: Store) -> tuple[bool, list[Ranked]]:
         store.is_local,
         dict(journal.trials),
         StopSign.remote(),  # type: ignore[attr-defined]
+        lease,
     )
     with parent.own_record(folder, store.is_local) as spool:
         ended = run_trials(

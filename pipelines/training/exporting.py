@@ -7,8 +7,11 @@ them for Prometheus. Ray collects the values of a process every 10 s; setting on
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from ray.util.metrics import Gauge
+
+from pipelines.spool import Spool
 
 
 def metric_name(name: str) -> str:
@@ -16,21 +19,24 @@ def metric_name(name: str) -> str:
     return "mae_" + re.sub(r"\W", "_", name)
 
 
-class Exporter:
-    """The gauges of one run.
+class ExportedSpool(Spool):
+    """A run's spool whose newest values are gauges too, until others come or the process ends.
 
     Args:
-        run: The run's name, their tag ``run``.
+        folder: The run's local folder.
+        run: The run's name, the gauges' tag ``run``.
     """
 
-    def __init__(self, run: str):
+    def __init__(self, folder: Path, run: str):
+        super().__init__(folder)
         self._run = run
         self._gauges: dict[str, Gauge] = {}
 
-    def show(self, values: Mapping[str, float]) -> None:
-        """Shows values by their names in the record, until newer ones come or the process ends."""
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a step's values, and shows them."""
+        super().metrics(step, values)
         for name, value in values.items():
             if name not in self._gauges:
-                gauge = Gauge(metric_name(name), description=f"{name} of a run", tag_keys=("run",))
+                gauge = Gauge(metric_name(name), description=f"{name} in the record of a run", tag_keys=("run",))
                 self._gauges[name] = gauge.set_default_tags({"run": self._run})
             self._gauges[name].set(float(value))

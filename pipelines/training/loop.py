@@ -1,11 +1,14 @@
 """What every Ray Train worker of a pretraining run does."""
 
+import contextlib
 import errno
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import ray
 import ray.train
@@ -19,14 +22,16 @@ from mae_core.optim import lr_at, make_optimizer, peak_lr
 from pipelines.config import identity, identity_hash, total_steps
 from pipelines.data.feed import Feed, join_crew
 from pipelines.data.readers import MicroBatch
-from pipelines.errors import UserError
-from pipelines.spool import Spool
+from pipelines.errors import DIVERGED, FAILED, USAGE_ERROR, UserError
+from pipelines.lease import check_of
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
-from pipelines.training import checkpoint, micro_size
+from pipelines.training import checkpoint, micro_size, nonfinite
 from pipelines.training.build import build_model, fit_target, initial_weights, make_stream, make_trainer
 from pipelines.training.evaluation import Evaluation
-from pipelines.training.job import Job
+from pipelines.training.exporting import ExportedSpool
+from pipelines.training.guard import BAD_STEPS_IN_A_ROW, Guard
+from pipelines.training.job import GoBackError, Job
 from pipelines.training.probing import Prober
 from pipelines.training.profiling import PROFILE, Profile
 from pipelines.training.progress import Progress
@@ -40,11 +45,11 @@ _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EP
 
 
 class DivergedError(RuntimeError):
-    """The loss has not been finite for many steps."""
+    """The loss is not finite, and was not when the same steps were done before."""
 
 
+End = Literal["FINISHED", "JUDGED", "STOPPED"]
 MOST_IN_ONE_EXECUTION = 16  # workers; see docs/data.md for how many blocks a second one coordinator deals
-BAD_STEPS_IN_A_ROW = 10  # after so many steps without a finite loss nothing will come back
 
 
 def train_worker(job: Job) -> None:
@@ -53,25 +58,31 @@ def train_worker(job: Job) -> None:
     Ray Train starts all workers again when one is lost. What would fail the same way again is told to the console,
     and the next start ends at once, so that the driver can say it.
     """
-    if ray.get(job.console.failure.remote()):
+    if ray.get(job.console.failure.remote()) or ray.get(job.console.is_stopped.remote()):
         return
     run = None
     try:
         run = _Worker(job)
         start = run.resume()
-        if run.train(start):
+        end = run.train(start)
+        if end == "FINISHED":
             run.finish()
-        else:
+        elif end == "JUDGED":
             run.give_up()
-    except UserError as error:
-        ray.get(job.console.fail.remote(str(error), True))
+    except DivergedError as error:
+        ray.get(job.console.fail.remote(str(error), DIVERGED))
         raise
-    except (ValueError, TypeError, LookupError, AssertionError, DivergedError) as error:
-        ray.get(job.console.fail.remote(f"{type(error).__name__}: {error}", False))
+    except UserError as error:
+        ray.get(job.console.fail.remote(str(error), USAGE_ERROR))
+        raise
+    except (ValueError, TypeError, LookupError, AssertionError) as error:
+        ray.get(job.console.fail.remote(f"{type(error).__name__}: {error}", FAILED))
         raise
     except OSError as error:
         if error.errno in _NOT_WRITABLE:
-            ray.get(job.console.fail.remote(f"{error.strerror}: {error.filename or job.config.run.storage}", True))
+            ray.get(
+                job.console.fail.remote(f"{error.strerror}: {error.filename or job.config.run.storage}", USAGE_ERROR)
+            )
         raise
     finally:
         if run is not None:
@@ -106,13 +117,14 @@ class _Worker:
             per_node=per_node == "node" or (per_node == "auto" and self.world_size > MOST_IN_ONE_EXECUTION),
         )
         self.stream = make_stream(config, job.train, self.world_size, self.crew.groups)
-        self.folder = RunFolder(self.store) if self.rank == 0 else None
-        self.spool = Spool(self.folder.path) if self.folder else None
+        self.folder = RunFolder(self.store, check_of(job.lease)) if self.rank == 0 else None
+        self.spool = ExportedSpool(self.folder.path, config.run.name) if self.folder else None
         if self.spool:
             self.spool.status("RUNNING")
             if found:
                 self.spool.tags({"micro_size": str(self.stream.cut.rows)})
         self.follower = start_follower(self.folder.path) if self.folder and not job.followed else None
+        self.guard = Guard(self.rank, job.console, self.device)
         self.unreadable = Unreadable(self.folder, self.device)
         self.model = build_model(config).to(self.device)
         self.progress = Progress(
@@ -123,7 +135,14 @@ class _Worker:
             job, self.steps, self.model, prober, self.unreadable, self.spool, self.folder, self.say
         )
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
-        self.writer = Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
+        self.writer = Writer(
+            self.store.child("checkpoints"),
+            config.checkpoint.keep,
+            self._push,
+            say=self.say,
+            guard=self._may_write,
+            patience_s=60 * config.checkpoint.patience_minutes,
+        )
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
@@ -172,11 +191,14 @@ class _Worker:
 
     # ---- the steps
 
-    def train(self, start: int) -> bool:
+    def train(self, start: int) -> End:
         """All steps from ``start``, with what stands around them.
 
         Returns:
-            Whether they were done; False where the run was told to end at a probe.
+            FINISHED: they were done; JUDGED: the run was told to end at a probe; STOPPED: it was asked to stop.
+
+        Raises:
+            GoBackError: The workers are to begin again at the last checkpoint.
         """
         config = self.config
         per_epoch = self.job.train.num_samples / config.batch.global_size
@@ -200,36 +222,100 @@ class _Worker:
             self.reading = self.feed((start, stretches[start]))
         batches = self._audited(self._read_on())
         window: list[torch.Tensor] = []
+        save_due = False
         self.last_save = time.perf_counter()
         if self.folder and config.log.profile:
             self.profile = Profile(self.folder.path / PROFILE, self.device)
         self.progress.begin()
         for step in range(start, self.steps):
             lr = lr_at(step, **schedule)
-            window.append(train_step(trainer, batches, lr))
+            window.append(train_step(trainer, batches, lr, self.guard.wish()))
+            self.guard.heed(step, window[-1])
             done = step + 1
             if self.profile:
                 self._keep(self.profile.step())
+            leaving = self.guard.node_goes()
+            stops = done < self.steps and (self.guard.stop or bool(leaving))
             save_now = done == self.steps or (save_every and done % save_every == 0)
-            save_now = save_now or (self.job.judged and done in probes)
+            save_now = save_now or stops or (self.job.judged and done in probes)
             if log_now := save_now or done % config.log.every == 0:
-                window_S3 = torch.stack(window)
+                self.guard.catch_up()
+                window_S4 = torch.stack(window)
                 window = []
-                self.progress.tell(done, lr, window_S3, trainer)
-                self._look_for_divergence(done, window_S3)
-            goes_on = done not in probes or self.probe(done, None if held else (done, stretches[done]))
-            # Only where everything has been told: a run that continues from here leaves out nothing.
-            if save_now or (log_now and time.perf_counter() - self.last_save >= 60 * config.checkpoint.every_minutes):
-                self._save(done)
-            if not goes_on:
+                guard_s, self.guard.seconds = self.guard.seconds, 0.0
+                hold = bool(self.guard.row) and done < self.steps
+                self.progress.tell(done, lr, window_S4, trainer, guard_s=guard_s, hold=hold)
+            if len(self.guard.row) >= BAD_STEPS_IN_A_ROW:
+                self._go_back()
+            if stops:
+                self._tell_stop(done, leaving)
+            goes_on = stops or done not in probes or self.probe(done, None if held else (done, stretches[done]))
+            save_due = save_due or save_now
+            minutes = (time.perf_counter() - self.last_save) / 60
+            # Only where everything has been told: a run that continues from here leaves out nothing. And never in a row
+            # of bad steps: the newest checkpoint is from before it.
+            may_save = log_now and (not self.guard.row or done == self.steps)
+            if may_save and (save_due or minutes >= config.checkpoint.every_minutes):
+                self._save(done, wait=done == self.steps or stops or not goes_on)
+                save_due = False
+            if stops or not goes_on:
                 assert self.reading is not None
                 self.reading.close()
-                return False
-        if self.profile:
-            self._keep(self.profile.end())
+                self._end_profile()
+                return self._leave(done, leaving) if stops else "JUDGED"
+        self._end_profile()
         if next(batches, None) is not None:
             raise RuntimeError("the data holds more than the run's steps")
-        return True
+        return "FINISHED"
+
+    def _tell_stop(self, done: int, node: str) -> None:
+        """Says that the steps end here, first of all: whoever stops the run may not wait for its checkpoint."""
+        if self.spool:
+            if not node:
+                self.spool.status("KILLED")
+                self.job.console.stops_at.remote(done)
+            self.say(f"step {done} of {self.steps}: {node or 'asked to stop'}")
+
+    def _leave(self, done: int, node: str) -> End:
+        """Ends the steps after an agreed one, when its checkpoint is whole; all ranks call it.
+
+        Raises:
+            GoBackError: Because of a node.
+        """
+        self.writer.wait()
+        # A rank that ended before would have the others ended too.
+        broadcast_from_rank_zero(True)
+        if node:
+            raise GoBackError(f"{node}: going on elsewhere from step {done}")
+        return "STOPPED"
+
+    def _go_back(self) -> None:
+        """Writes down a row of bad steps, and begins again at the last checkpoint; all ranks call it.
+
+        Raises:
+            GoBackError: The first time.
+            DivergedError: It has gone bad in the same place before.
+        """
+        row, again = self.guard.row, False
+        self.writer.wait()
+        if self.folder and self.spool:
+            checkpoints = self.store.child("checkpoints")
+            again = nonfinite.note(
+                row, folder=self.folder, spool=self.spool, checkpoints=checkpoints, job=self.job, plan=self.stream.plan
+            )
+            if again:
+                self.progress.let_go()
+                self.progress.flush()
+        again = broadcast_from_rank_zero(again)
+        where = f"the loss or a gradient was not finite in the steps {row[0]} to {row[-1]}"
+        listed = self.store.path(nonfinite.FILE)
+        if again:
+            raise DivergedError(
+                f"{where}, as it was before from the same checkpoint on, so the machine is not at fault: lower "
+                f"optim.base_lr, or look for strange values in the images listed in {listed}"
+            )
+        self.say(f"{where}: going back to the last checkpoint (their samples are listed in {listed})")
+        raise GoBackError(where)
 
     def _read_on(self) -> Iterator[MicroBatch]:
         """The training data of one stretch after the other."""
@@ -248,6 +334,10 @@ class _Worker:
         if isinstance(model, DistributedDataParallel):
             trainer.clock.watch(model)
         return trainer
+
+    def _end_profile(self) -> None:
+        if self.profile:
+            self._keep(self.profile.end())
 
     def _keep(self, files: list[Path]) -> None:
         """Notes the files of a profile, where it has just been written."""
@@ -273,25 +363,19 @@ class _Worker:
                 file.write(json.dumps({"began": began, "step": step, "index": batch.index, "ids": ids}) + "\n")
                 yield batch
 
-    def _look_for_divergence(self, done: int, window_S3: torch.Tensor) -> None:
-        steps = len(window_S3)
-        self.bad_in_a_row = (self.bad_in_a_row + steps) if int(window_S3[:, 2].sum()) == steps else 0
-        if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
-            raise DivergedError(
-                f"the loss was not finite in the last {self.bad_in_a_row} steps before step {done}: lower "
-                "optim.base_lr, or look for images with strange values"
-            )
-
-    bad_in_a_row = 0
     last_save = 0.0
     reading: Feed | None = None
     profile: Profile | None = None
 
     # ---- what stands around the steps
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, *, wait: bool = True) -> None:
+        """Saves, after the checkpoint that is still on its way; or later, as soon as that is there."""
         self.last_save = time.perf_counter()
         if self.rank != 0:
+            return
+        if self.writer.busy and not wait:
+            self.last_save = -math.inf
             return
         values = identity(self.config, self.job.train.digest)
         state = {
@@ -304,6 +388,11 @@ class _Worker:
             "torch": torch.__version__,
         }
         self.writer.save(done, self.model, self.optimizer, state)
+
+    def _may_write(self) -> None:
+        check_of(self.job.lease)()
+        # A checkpoint without the points before it would lose them: nobody does these steps again.
+        self.progress.flush()
 
     def _push(self) -> None:
         if self.folder:
@@ -334,6 +423,7 @@ class _Worker:
     def finish(self) -> None:
         """The last probes; then the result is written."""
         self.writer.wait()
+        self.progress.flush()
         scores = self.evaluation.at_the_end()
         if self.spool and self.folder:
             result = {
@@ -341,6 +431,7 @@ class _Worker:
                 "identity": identity_hash(identity(self.config, self.job.train.digest)),
                 "scores": scores,
                 "skipped": dict(self.unreadable.counts),
+                "tracking_s": self.progress.tracking(),
             }
             self.folder.write("result.json", json.dumps(result, indent=2))
             for name in ("config.json", "result.json", "skipped.jsonl"):
@@ -348,10 +439,12 @@ class _Worker:
                     self.spool.artifact(name)
             self.spool.status("FINISHED")
             self.folder.push()
+            ray.get(self.job.console.finish.remote())
 
     def give_up(self) -> None:
-        """Ends the run where it stands; the same name continues it."""
+        """Ends the run where a probe's verdict ends it; the same name continues it."""
         self.writer.wait()
+        self.progress.flush()
         if self.spool:
             self.spool.status("FINISHED")
             self._push()
@@ -360,7 +453,10 @@ class _Worker:
         """Ends what runs beside the loop."""
         if self.profile:
             self.profile.end()
-        if self.follower:
-            self.follower.stop(timeout_s=20.0)
+        if self.follower and not self.follower.stop(timeout_s=20.0) and not self.store.is_local:
+            # Where the folder is here, the driver tries once more, and says it.
+            self.say(f"warning: MLflow lacks some of the record, which is whole in {self.store.location}")
+        self.writer.close()
         if self.folder:
-            self.folder.push()
+            with contextlib.suppress(OSError, UserError):  # what ends the run has been told already
+                self.folder.push()

@@ -1,9 +1,11 @@
 """What is told of the steps since the last log point: a line in the terminal, a point in the record."""
 
+import functools
 import resource
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -12,6 +14,7 @@ from mae_core.flops import step_flops
 from mae_core.model import MaskedAutoencoder
 from pipelines.config import Config
 from pipelines.spool import Spool
+from pipelines.training.recorder import Recorder
 from pipelines.training.step import Trainer, precision
 from pipelines.training.unreadable import Unreadable, over_ranks, told
 
@@ -47,6 +50,9 @@ class Progress:
         # Of all devices, each with the threads that it has here and busy at the same time.
         self._full_rate = over_ranks(matrix_rate(device, precision(config.train.precision, device)), device)
         self._began = 0.0
+        self._recorder = Recorder(say, 60 * config.checkpoint.patience_minutes)
+        self._tracking_s: list[float] = []
+        self._held: list[tuple[int, dict[str, float]]] = []
 
     def begin(self) -> None:
         """A window begins."""
@@ -56,24 +62,29 @@ class Progress:
         """Takes what was no step out of the window's time."""
         self._began += seconds
 
-    def tell(self, done: int, lr: float, window_S3: torch.Tensor, trainer: Trainer) -> None:
+    def tell(
+        self, done: int, lr: float, window_S4: torch.Tensor, trainer: Trainer, *, guard_s: float, hold: bool
+    ) -> None:
         """One progress line and one point of the record; the next window begins. All ranks call it.
 
         Args:
             done: Steps done.
             lr: The last one's learning rate.
-            window_S3: What ``train_step`` gave for each of the window's steps.
+            window_S4: What ``train_step`` gave for each of the window's steps.
             trainer: With what it has summed up since the last time, which is taken.
+            guard_s: Seconds that the ranks' agreement took (``Guard``).
+            hold: Keeps the point back until one is told that is not held: steps that may be done again have no point
+                yet, since a point is written once.
         """
         elapsed = time.perf_counter() - self._began
         fresh, trainer.skipped = trainer.skipped, []
         self._unreadable.counts += self._unreadable.collect(fresh, done)
         unreadable = self._unreadable.counts
         # A step that was skipped has no loss worth a mean, and says so by its own count.
-        good_S3 = window_S3[window_S3[:, 2] == 0]
-        loss, grad_norm = (good_S3.mean(dim=0) if len(good_S3) else window_S3[-1]).tolist()[:2]
-        bad = int(window_S3[:, 2].sum())
-        steps = len(window_S3)
+        good_S4 = window_S4[window_S4[:, 2] == 0]
+        loss, grad_norm = (good_S4.mean(dim=0) if len(good_S4) else window_S4[-1]).tolist()[:2]
+        bad = int(window_S4[:, 2].sum())
+        steps = len(window_S4)
         wait = over_ranks(trainer.wait_s, self._device, dist.ReduceOp.MAX)
         trainer.wait_s = 0.0
         split = trainer.clock.take()
@@ -81,32 +92,60 @@ class Progress:
         mfu = images_per_s * self._flops / self._full_rate
         if self._spool:
             samples_seen = done * self._config.batch.global_size
-            self._spool.metrics(
-                done,
-                {
-                    "train/loss": loss,
-                    "train/lr": lr,
-                    "train/grad_norm": grad_norm,
-                    "train/nonfinite_steps": float(bad),
-                    "perf/images_per_s": images_per_s,
-                    "perf/mfu": mfu,
-                    "perf/peak_memory_mib": peak_memory_mib(self._device),
-                    **{f"perf/{part}_s": seconds for part, seconds in split.items()},
-                    "perf/other_s": max(0.0, elapsed / steps - sum(split.values())),
-                    "data/wait_s": wait / steps,
-                    "data/skipped": float(unreadable.total()),
-                    "epoch": samples_seen / self._num_samples,
-                    "samples_seen": float(samples_seen),
-                },
-            )
+            values = {
+                "train/loss": loss,
+                "train/lr": lr,
+                "train/grad_norm": grad_norm,
+                "train/nonfinite_steps": float(bad),
+                "perf/images_per_s": images_per_s,
+                "perf/mfu": mfu,
+                "perf/peak_memory_mib": peak_memory_mib(self._device),
+                **{f"perf/{part}_s": seconds for part, seconds in split.items()},
+                "perf/other_s": max(0.0, elapsed / steps - sum(split.values())),
+                "perf/guard_s": guard_s / steps,
+                "data/wait_s": wait / steps,
+                "data/skipped": float(unreadable.total()),
+                "epoch": samples_seen / self._num_samples,
+                "samples_seen": float(samples_seen),
+                # This one's own is not known yet.
+                "perf/tracking_s": self._tracking_s[-1] if self._tracking_s else 0.0,
+            }
+            self._held.append((done, values))
             left = (self._steps - done) * elapsed / steps
             notes = (f"  not finite {bad}" if bad else "") + (f"  unreadable: {told(unreadable)}" if unreadable else "")
-            self._say(
+            line = (
                 f"step {done:>{len(str(self._steps))}} of {self._steps}  loss {loss:.4f}  lr {lr:.2e}  "
                 f"{images_per_s:,.0f} images/s  MFU {100 * mfu:.0f} %  waiting {100 * wait / elapsed:.0f} %  "
                 f"left {clock(left)}{notes}"
             )
+            began = time.perf_counter()
+            if not hold:
+                self.let_go()
+            self._recorder.do(functools.partial(self._say, line))
+            self._tracking_s.append(time.perf_counter() - began)
         self.begin()
+
+    def let_go(self) -> None:
+        """Hands over the points that were kept back."""
+        held, self._held = self._held, []
+        for done, values in held:
+            if self._spool:
+                self._recorder.do(functools.partial(self._spool.metrics, done, values))
+
+    def flush(self) -> None:
+        """Waits until all that was told is in the record.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        self._recorder.flush()
+
+    def tracking(self) -> dict[str, float]:
+        """What telling has cost the loop at its log points since it began: their number, and seconds of one."""
+        if not self._tracking_s:
+            return {"points": 0}
+        p50, p99, most = np.quantile(self._tracking_s, [0.5, 0.99, 1.0]).tolist()
+        return {"points": len(self._tracking_s), "p50": p50, "p99": p99, "max": most}
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -35,11 +35,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name, value in quiet_environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
 
 
 def runs_of(uri: str, uid: str) -> list[str]:
@@ -60,7 +59,9 @@ def runs_of(uri: str, uid: str) -> list[str]:
         ("refuse", "not reachable"),
     ],
 )
-def test_a_fault_at_every_kind_of_request(tmp_path: Path, mlflow_server: Server, mode: str, told: str):
+def test_a_fault_at_every_kind_of_request(
+    tmp_path: Path, mlflow_server: Server, monkeypatch: pytest.MonkeyPatch, mode: str, told: str
+):
     folder = tmp_path / mode
     with proxied(mlflow_server.port) as proxy:
         write_record(folder, description(mode), tracking_uri=proxy.uri)
@@ -71,10 +72,17 @@ def test_a_fault_at_every_kind_of_request(tmp_path: Path, mlflow_server: Server,
             """The next request to a path meets the fault; what is sent then makes up for it."""
             failed, dropped = proxy.failed, proxy.dropped
             proxy.mode, proxy.matches = mode, lambda asked, _: asked.partition("?")[0].endswith(path)
-            sent = sender.send()
+            if mode == "refuse":
+                proxy.refuse()
+            with monkeypatch.context() as patch:
+                patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2" if mode in ("hang", "late") else "30")
+                sent = sender.send()
             assert told in sent.problem
             assert sent.left
-            assert proxy.failed == failed + 1
+            if mode == "refuse":
+                proxy.listen()
+            else:
+                assert proxy.failed == failed + 1
             proxy.mode = "pass"
             sent = sender.send()
             assert (sent.problem, sent.left) == ("", 0)
@@ -197,18 +205,20 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_killed_while_the_server_hangs(tmp_path: Path, mlflow_server: Server):
+def test_killed_while_the_server_hangs(tmp_path: Path, mlflow_server: Server, monkeypatch: pytest.MonkeyPatch):
     """The follower gives up in the end, and what it noted is sent later."""
     folder = tmp_path / "lonely"
     with proxied(mlflow_server.port) as proxy:
         write_record(folder, description("lonely"), tracking_uri=proxy.uri)
         proxy.mode = "hang"
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
         trainer = subprocess.run(
             [sys.executable, "-c", LONELY, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=60
         )
         assert trainer.returncode == -signal.SIGKILL, trainer.stderr
         eventually(lambda: not Path(f"/proc/{trainer.stdout.strip()}").exists())
         proxy.mode = "pass"
+        monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
         done = sync("lonely", "--storage", str(tmp_path))
         assert done.returncode == 0, done.stderr
     run_id = RunRecord.read(folder).mlflow_run_id
@@ -246,6 +256,7 @@ def test_a_run_through_all_of_it(shards: dict[str, str], tmp_path: Path):
     with proxied(server.port) as proxy, tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:
         proxy.refuse()
         environment = os.environ | {"RAY_TMPDIR": ray_folder, "MLFLOW_TRACKING_URI": proxy.uri}
+        environment["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
         with log.open("wb") as file:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
 
