@@ -62,8 +62,9 @@ class Work:
 
     def model(self, arch: str) -> MaskedAutoencoder:
         """A model of a size, on the device; with normalised pixels as the target, as recipes have it."""
+        options: dict[str, Any] = TINY if self.dry_run else {"arch": arch}
         with self.device:
-            return MaskedAutoencoder(**(TINY if self.dry_run else {"arch": arch}), target="normalized")
+            return MaskedAutoencoder(**options, target="normalized")
 
 
 def rates(work: Work) -> None:
@@ -117,7 +118,7 @@ def steps(work: Work) -> None:
             work.tell({"arm": arm.name, "error": "no time left to compile"})
             continue
         began = time.monotonic()
-        row = {"error": "does not fit"}
+        row: dict[str, Any] = {"error": "does not fit"}
         while batch and "loss" not in row:
             try:
                 row = _measure(work, arm, batch)

@@ -19,9 +19,7 @@ from pipelines.data.readers import Stream, View, parse_block, read_blocks
 from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
 from pipelines.reading import ReadPolicy
-from pipelines.training.clock import StepClock
 from pipelines.training.step import Trainer, autocast
-from pipelines.training.upload import Upload
 
 FIT_IMAGES = GRAIN
 _FIT_ROWS = 64
@@ -94,8 +92,7 @@ def make_trainer(
         optimizer,
         cut,
         masking,
-        Upload(device, config.run.seed),
-        StepClock(device),
+        config.run.seed,
         torch.tensor(config.data.mean, device=device),
         torch.tensor(config.data.std, device=device),
         device,

@@ -40,8 +40,7 @@ class Trainer:
         optimizer: Fused AdamW.
         cut: How batches are cut.
         masking: How masks are drawn.
-        upload: Brings micro-batches to the device.
-        clock: Takes the time of the step's parts.
+        seed: The run's seed.
         mean_C: Mean of each channel, on the device.
         std_C: Standard deviation of each channel, on the device.
         device: Where the step computes.
@@ -52,8 +51,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     cut: Cut
     masking: Masking
-    upload: Upload
-    clock: StepClock
+    seed: int
     mean_C: torch.Tensor
     std_C: torch.Tensor
     device: torch.device
@@ -62,6 +60,14 @@ class Trainer:
     """Seconds spent waiting for data, summed up until somebody sets it back."""
     skipped: list[dict[str, str]] = field(default_factory=list)
     """Samples that could not be read, collected until somebody takes them."""
+    upload: Upload = field(init=False)
+    """Brings micro-batches to the device."""
+    clock: StepClock = field(init=False)
+    """Takes the time of the step's parts."""
+
+    def __post_init__(self) -> None:
+        """Makes what belongs to the device."""
+        self.upload, self.clock = Upload(self.device, self.seed), StepClock(self.device)
 
     def next_batch(self, batches: Iterator[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The next micro-batch on the device: images_BCHW, noise_BN, weight_B."""

@@ -1,6 +1,7 @@
 """Activation checkpointing: less memory, the same gradients."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,10 @@ def test_gradients_and_names_are_the_same(decoder):
     assert found.keys() == dict(plain.named_parameters()).keys()
     for name, parameter in plain.named_parameters():
         if parameter.requires_grad:
-            assert torch.equal(parameter.grad, found[name].grad), name
+            ours, theirs = parameter.grad, found[name].grad
+            assert ours is not None
+            assert theirs is not None
+            assert torch.equal(ours, theirs), name
     images_BCHW = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(plain.features(images_BCHW), checkpointed.features(images_BCHW))
@@ -47,6 +51,7 @@ def test_a_step_takes_less_memory():
         step(model)  # gradients are there from now on
         with profile(profile_memory=True) as seen:
             step(model)
-        events = seen.profiler.kineto_results.events()
+        profiler: Any = seen.profiler
+        events = profiler.kineto_results.events()
         peaks.append(max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")))
     assert peaks[1] < 0.4 * peaks[0]
