@@ -33,7 +33,7 @@ PARTS: dict[str, tuple[float, Callable[..., None]]] = {
     "vit_large_patch16_224": (14, gpu_step.steps),
     "loop": (4, gpu_ingest.loop),
     "ingest": (8, gpu_ingest.ingest),
-    "checkpoint": (3, gpu_ingest.checkpoint),
+    "checkpoint": (6, gpu_ingest.checkpoint),
     "vit_small_patch16_224": (8, gpu_step.steps),
     "vit_huge_patch14_224": (14, gpu_step.steps),
 }

@@ -212,6 +212,8 @@ def checkpoint(work: Work) -> None:
         store = Store(folder)
         writer = Writer(store, 2)
         for step in range(1, 2 if work.dry_run else 4):
+            if step > 1 and work.left_s < 2 * (stood[-1] + written[-1] + read[-1]):
+                break
             wait_for(work.device)
             start = time.perf_counter()
             optimizer.step()

@@ -118,14 +118,16 @@ def steps(work: Work) -> None:
             work.tell({"arm": arm.name, "error": "no time left to compile"})
             continue
         began = time.monotonic()
-        row: dict[str, Any] = {"error": "does not fit"}
-        while batch and "loss" not in row:
+        row: dict[str, Any] = {"error": "not one image fits"}
+        rows = batch
+        while rows and "loss" not in row:
             try:
-                row = _measure(work, arm, batch)
+                row = _measure(work, arm, rows)
             except torch.OutOfMemoryError:
-                if losses:
-                    break
-                batch //= 2  # all arms have the batch that fits the first
+                rows //= 2
+            _clean_up(work)
+        if arm is ARMS[0]:
+            batch = rows  # what fits the first one is what the others try
         if arm.mode:
             compiling_s = time.monotonic() - began
         if "flops_per_s" in row and full_rate:
@@ -134,9 +136,15 @@ def steps(work: Work) -> None:
             losses.setdefault(arm.name, row["loss"])
             row["loss_equal"] = abs(row["loss"] / losses[ARMS[0].name] - 1) < 0.02
         work.tell({"arm": arm.name} | row)
-        gc.collect()
-        if work.device.type == "cuda":
-            torch.cuda.empty_cache()
+
+
+def _clean_up(work: Work) -> None:
+    """Gives back what an arm had: graphs keep memory of their own."""
+    torch.compiler.reset()
+    gc.collect()
+    if work.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _measure(work: Work, arm: Arm, batch: int) -> dict[str, Any]:
@@ -180,8 +188,6 @@ def _measure(work: Work, arm: Arm, batch: int) -> dict[str, Any]:
     # Those of the method; what the official style, or checkpointing, computes more is none of them.
     flops = batch * step_flops(model).training
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     return {
         "batch": batch,
         "ms": 1000 * statistics.median(seconds),
