@@ -192,7 +192,7 @@ def check_profile(folder):
     names = [event["name"] for event in trace["traceEvents"] if event.get("ph") == "X"]
     assert sum(name.startswith("ProfilerStep#") for name in names) == 10
     assert "aten::_fused_adamw_" in names
-    assert "aten::_fused_adamw_" in (folder / "operators.txt").read_text()
+    assert "aten::" in (folder / "operators.txt").read_text()  # of the slowest
 
 
 def check_record(folder):
