@@ -21,7 +21,7 @@ from pipelines.training.snapshot import Snapshot
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 # How much the writing thread gives way to training, where threads have a niceness of their own: a third of a core's
-# time beside one thread of training. With more, a machine whose cores are all busy takes minutes for seconds of writing.
+# time beside one thread of training. With more, a machine whose cores are busy takes minutes for seconds of writing.
 _NICER = 5
 
 
