@@ -49,7 +49,8 @@ def reason(error: pydantic.ValidationError) -> str:
 def _refusal(schema: type[pydantic.BaseModel], refused: re.Match[str]) -> str:
     section, told = refused["section"], refused["told"]
     if refused["type"] == "value_error":
-        return told.removeprefix("Value error, ")
+        # Of a key beside the sections with its name before it.
+        return told.partition("Value error, ")[2]
     name, _, rest = told.partition(" ")
     where = f"{section}.{name}" if section in schema.model_fields else name
     return f"{where}: {rest}, found {refused['found']}"

@@ -155,11 +155,8 @@ def prepare(ablation: Ablation) -> _Ready:
 
 def definition(ready: _Ready) -> dict[str, Any]:
     """What makes cells comparable, whichever table has them: the recipe and how it is probed."""
-    probe, labelled = ready.config.probe, ready.images.labelled
-    assert labelled is not None
-    keys = ("knn_k", "pool", "val_share", "crop_share", "samples")
-    probed = {f"probe.{key}": getattr(probe, key) for key in keys} | {"probe.digest": labelled.digest}
-    return identity(ready.config, ready.images.train.digest) | probed
+    assert ready.images.labelled is not None
+    return identity(ready.config, ready.images.train.digest) | parent.probed(ready.config, ready.images.labelled)
 
 
 def describe(ablation: Ablation, images: Images | None = None) -> RunDescription:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipelines.config import Config
+from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
 from pipelines.spool import Spool
 from pipelines.storage import Store
@@ -26,6 +27,17 @@ def trial_config(config: Config, store: Store, every_epochs: float) -> Config:
     values["probe"] |= {"test": "", "at_start": False, "every_epochs": every_epochs}
     values["log"] |= {"pictures": 0}
     return Config.model_validate(values)
+
+
+def probed(config: Config, labelled: Manifest) -> dict[str, Any]:
+    """What makes the scores of trials comparable, beside the runs themselves.
+
+    Args:
+        config: Of the trials.
+        labelled: The data of their probes.
+    """
+    keys = ("knn_k", "pool", "val_share", "crop_share", "samples")
+    return {f"probe.{key}": getattr(config.probe, key) for key in keys} | {"probe.digest": labelled.digest}
 
 
 def refuse_change(store: Store, file: str, who: str, wanted: Mapping[str, Any]) -> None:

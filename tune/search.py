@@ -110,15 +110,16 @@ def cells(search: Search, space: Space) -> list[Cell]:
     return [Cell(values, search.run.seed + seed) for values in points for seed in range(search.seeds)]
 
 
-def definition(search: Search, space: Space, digest: str) -> dict[str, Any]:
+def definition(search: Search, space: Space, images: Images) -> dict[str, Any]:
     """What makes a search the same search: another one must not go on in its folder."""
-    varied = {axis.key for axis in space.axes}
-    values = identity(pretraining(search), digest)
+    assert images.labelled is not None
+    config, varied = pretraining(search), {axis.key for axis in space.axes}
+    values = identity(config, images.train.digest) | parent.probed(config, images.labelled)
     base = {key: value for key, value in values.items() if key not in varied}
     asked = {
         key: getattr(search, key) for key in ("sampler", "seeds", "objective", "reports", "scheduler", "reduction")
     }
-    return {"space": space.digest, **asked, **base}
+    return {"space": space.digest, **asked, "probe.early_share": search.probe.early_share, **base}
 
 
 def open_search(store: Store, search: Search, wanted: dict[str, Any]) -> None:
@@ -262,7 +263,7 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]
 
     search, space, config = ready.search, ready.space, ready.config
     room = share(config, search.concurrent)
-    open_search(store, search, definition(search, space, ready.images.train.digest))
+    open_search(store, search, definition(search, space, ready.images))
     values = config.model_dump()
     values["scale"] |= {"reading_cpus": room.reading_cpus, "threads": room.threads}
     folder, journal = RunFolder(store), Journal(store)

@@ -85,7 +85,7 @@ class Evaluation:
                 models["test/random_"] = build_model(job.config).to(device).eval()
             scores = self._prober.test(models, job.probe_train, job.probe_test)
         else:
-            scores = self._prober.validate(self._model, job.probe_train, job.train)
+            scores = self._prober.validate(self._model, job.probe_train, job.train, last=True)
         self._tell_left_out(self._steps)
         self._draw(self._steps)
         if self._spool:

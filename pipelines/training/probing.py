@@ -1,8 +1,8 @@
 """What the features are worth, measured by all workers of a run together: each encodes a share, rank 0 scores."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -67,6 +67,26 @@ class _Images:
     sample_B: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A worker's share of the images that probes look at again and again.
+
+    Args:
+        limit: As ``extract`` has it.
+        batches: All of the share.
+        skipped: Images that could not be read.
+    """
+
+    limit: int
+    batches: "list[_Images]"
+    skipped: list[dict[str, str]]
+
+
+# What was held last in this process, by all that it depends on: the trials of a search, one after the other in the
+# same process, look at the same images.
+_KEPT: dict[tuple[Any, ...], _Held] = {}
+
+
 @dataclass
 class Prober:
     """Extracts features with all workers and scores them on rank 0.
@@ -84,7 +104,7 @@ class Prober:
     autocast: Callable[[], torch.autocast]
     skipped: list[dict[str, str]] = field(default_factory=list)
     """Images that could not be read, collected until somebody takes them."""
-    _held: "dict[tuple[str, int], list[_Images]]" = field(default_factory=dict, init=False)
+    _held: dict[str, _Held] = field(default_factory=dict, init=False)
 
     def hold(self, manifest: Manifest, limit: int = 0) -> bool:
         """Keeps this worker's share of the images that probes look at again and again, where they are small.
@@ -100,11 +120,33 @@ class Prober:
         num = min(limit or manifest.num_samples, manifest.num_samples)
         if num * height * width * self.config.data.channels > (self.config.probe.hold_mib << 20) * self.crew.world_size:
             return False
-        self._held = {(manifest.digest, limit): list(self._read(manifest, limit))}
+        data, probe, crew = self.config.data, self.config.probe, self.crew
+        view = (data.image_size, data.channels, probe.crop_share, self.config.batch.micro_size)
+        key = (manifest.digest, limit, *view, crew.rank, crew.world_size, crew.groups)
+        if key not in _KEPT:
+            before, self.skipped = self.skipped, []
+            batches = list(self._read(manifest, limit))
+            _KEPT.clear()
+            _KEPT[key] = _Held(limit, batches, self.skipped)
+            self.skipped = before
+        self._held = {manifest.digest: _KEPT[key]}
+        self.skipped += _KEPT[key].skipped
         return True
 
+    def _images(self, manifest: Manifest, limit: int) -> Iterator["_Images"]:
+        """This worker's share of a data set's images, or of those that the limit leaves: held or read."""
+        held, rows = self._held.get(manifest.digest), self.config.batch.micro_size
+        # In their shuffled order a smaller limit leaves the first ones of a larger.
+        if held is None or not (held.limit == limit or 0 < limit < held.limit):
+            yield from self._read(manifest, limit)
+            return
+        num, crew = min(limit or manifest.num_samples, manifest.num_samples), self.crew
+        for step, batch in enumerate(held.batches[: -(-num // (rows * crew.world_size))]):
+            position_B = (step * crew.world_size + crew.rank) * rows + np.arange(rows)
+            yield replace(batch, sample_B=np.where(position_B < num, batch.sample_B, FILLER))
+
     def _read(self, manifest: Manifest, limit: int) -> Iterator["_Images"]:
-        """This worker's share of a data set's images, or of those that the limit leaves; all have as many batches."""
+        """As ``_images``, read; all workers have as many batches."""
         crew, rows = self.crew, self.config.batch.micro_size
         num = min(limit or manifest.num_samples, manifest.num_samples)
         stream = Stream(
@@ -148,8 +190,7 @@ class Prober:
         features = [torch.empty(steps * rows, model.width, device=self.device) for model in models]
         labels = torch.full((steps * rows,), -1)
         samples = torch.full((steps * rows,), FILLER)
-        batches = self._held.get((manifest.digest, limit)) or self._read(manifest, limit)
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate(self._images(manifest, limit)):
             here = slice(step * rows, (step + 1) * rows)
             images_BCHW = normalize(batch.images_BHWC.to(self.device), config.data.mean, config.data.std)
             with self.autocast():
@@ -188,6 +229,8 @@ class Prober:
         train: Manifest | None,
         images: Manifest,
         when_read: Callable[[], None] | None = None,
+        *,
+        last: bool = False,
     ) -> dict[str, float]:
         """Scores on a validation split of the probe's training data, or without labels the effective rank.
 
@@ -195,12 +238,16 @@ class Prober:
             model: The model, not wrapped.
             train: Labelled images, or None.
             images: The images that it is pretrained on.
+            last: Whether all of ``looked_at`` is looked at, or only ``probe.early_share`` of the labelled images.
             when_read: Called on every worker when nothing is being read any more, before the scoring.
 
         Returns:
             The scores on rank 0, nothing on the others.
         """
-        found = self.extract([model], *self.looked_at(train, images), when_read)
+        manifest, limit = self.looked_at(train, images)
+        if train is not None and not last and self.config.probe.early_share < 1:
+            limit = max(2, round(limit * self.config.probe.early_share))
+        found = self.extract([model], manifest, limit, when_read)
         if found is None:
             return {}
         if train is None:
@@ -208,8 +255,13 @@ class Prober:
         return self._validation(found[0], train)
 
     def looked_at(self, train: Manifest | None, images: Manifest) -> tuple[Manifest, int]:
-        """The data that ``validate`` reads, and its limit."""
-        return (images, UNLABELLED_IMAGES) if train is None else (train, self.config.probe.samples)
+        """The data that ``validate`` reads at the last, and its limit."""
+        if train is None:
+            return images, UNLABELLED_IMAGES
+        probe = self.config.probe
+        # A share of all is taken from their shuffled order.
+        num = min(probe.samples or train.num_samples, train.num_samples)
+        return train, probe.samples if probe.early_share == 1 else num
 
     def _validation(self, found: Features, train: Manifest) -> dict[str, float]:
         scores = _score(found, None, train, self.config)

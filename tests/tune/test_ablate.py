@@ -87,6 +87,25 @@ def test_a_cell_is_trained_once_whichever_tables_have_it(command, tmp_path, capf
         main(command("1a", "--probe.knn-k", "5"))
 
 
+def test_finished_cells_are_not_trained_again(command, tmp_path, capfd):
+    store = Store(str(tmp_path / "runs" / "ablate-tiny"))
+    ready = prepare(read_ablation(command("1c", "--seeds", "2")))
+    known = Journal(store)
+    for place, cell in enumerate(ready.cells()):
+        probes = {"probe/linear_top1": 50.0 + place, "probe/knn_top1": 40.0}
+        known.report(cell, 24, 50.0 + place, 1.0, 1e9, "finished", probes)
+    # One that has failed is not tried again either, unless it is asked for.
+    known.fail(ready.cells()[-1], "not finite")
+    before = store.read("journal.jsonl")
+    assert main(command("1c", "--seeds", "2")) == 0
+    out = capfd.readouterr().out
+    assert "4 trainings, 0 of them still to be done" in out
+    assert store.read("journal.jsonl") == before
+    assert not store.exists("trials")
+    assert "| with mask token | 50.50 +- 6.35 | 40.00 +- 0.00 | 2 |" in store.read("tables/1c.md").decode()
+    assert "- without mask token: failed: not finite" in out
+
+
 @pytest.mark.parametrize(
     ("table", "more", "told"),
     [

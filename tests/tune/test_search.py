@@ -50,7 +50,8 @@ def test_a_search_finds_a_recipe_and_leaves_nothing_behind(command, tmp_path, ca
     from mlflow import MlflowClient
 
     def asked(*more):
-        return command("--sampler", "grid", "--reports", "4", *more, space=HALF_BROKEN)
+        # One at once: a second process would take as long to start as all trials take.
+        return command("--sampler", "grid", "--reports", "4", "--concurrent", "1", *more, space=HALF_BROKEN)
 
     assert main(asked()) == 0
     out = capfd.readouterr().out
@@ -114,6 +115,8 @@ def test_a_search_finds_a_recipe_and_leaves_nothing_behind(command, tmp_path, ca
                 "--sampler", "grid", "--reports", "4", "--resume", space='["model.mask_ratio"]\nvalues = [0.25, 0.5]\n'
             )
         )
+    with pytest.raises(UserError, match=r"begun with another probe.samples: 0, now 100"):
+        main(asked("--resume", "--probe.samples", "100"))
     capfd.readouterr()
     before = (folder / "journal.jsonl").read_text()
     assert main(asked("--resume")) == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from cluster.processes import wait_until
 from pipelines.pretrain import read_config
 from pipelines.storage import Store
-from tests.jobs import submit
+from pipelines.training import checkpoint
+from tests.jobs import left_behind, submit
 from tests.stores import moto_server, put, s3_environment
 from tests.tune.searches import arguments, journal
 from tune.journal import Journal
@@ -68,6 +71,54 @@ def test_a_search_in_an_object_store(shards, tmp_path, short_folder, monkeypatch
         assert name is not None
         assert run.data.metrics["probe/linear_top1"] == trials[name].score
         assert run.info.status == "FINISHED"
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_a_killed_search_in_an_object_store_goes_on(shards, tmp_path, short_folder, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    how = ["--sampler", "grid", "--reports", "4", "--scheduler", "none", "--concurrent", "1"]
+    asked = arguments(tmp_path, shards, *how, "--run.storage", "s3://bucket/runs", space=SPACE, name="far")
+    run = [sys.executable, "-u", "-m", "tune.search", *asked]
+    with moto_server() as address:
+        put(address, "bucket")
+        for key, value in s3_environment(address).items():
+            monkeypatch.setenv(key, value)
+        environment = {**os.environ, "RAY_TMPDIR": short_folder, "MLFLOW_TRACKING_URI": uri}
+        with subprocess.Popen(run, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            shown = 0
+            for line in process.stdout:
+                shown += " %  " in line
+                if shown == 6:
+                    break
+            process.kill()
+            rest = process.stdout.read()
+            assert process.wait(60) == -signal.SIGKILL, rest
+        wait_until(lambda: not left_behind(short_folder), 60, lambda: f"left: {left_behind(short_folder)}")
+        store = Store("s3://bucket/runs/far")
+        before = Journal(store).trials
+        assert sorted(one.state for one in before.values()) == ["finished", "running"]
+        (cut,) = [name for name, one in before.items() if one.state == "running"]
+        saved = checkpoint.steps(store.child("trials").child(cut).child("checkpoints"))
+        done = subprocess.run(
+            [*run, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        after = Journal(store).trials
+        points = store.child("trials").child(cut).read("metrics.jsonl").decode()
+    assert [one.state for one in after.values()] == ["finished"] * 2
+    assert all([step for step, _ in one.scores] == [6, 12, 18, 24] for one in after.values())
+    # What was known is kept, and the one that was cut went on from its checkpoint.
+    for name, one in before.items():
+        assert after[name].scores[: len(one.scores)] == one.scores
+    assert max(saved) in (6, 12)
+    lines = [json.loads(line) for line in points.splitlines()]
+    assert sum(line.get("step") == min(saved) and "train/loss" in line["metrics"] for line in lines) == 1
+    below = children(uri, "far")
+    assert {name: run.data.metrics["probe/linear_top1"] for name, run in below.items()} == {
+        name: one.score for name, one in after.items()
+    }
 
 
 @pytest.mark.chaos

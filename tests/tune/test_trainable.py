@@ -1,0 +1,47 @@
+"""A trial by itself, as Tune drives it: what it trains between two reports, and where it ends."""
+
+import time
+
+import pytest
+
+from pipelines.pretrain import Images, check
+from pipelines.spool import read_spool
+from pipelines.storage import Store
+from pipelines.training import checkpoint
+from tests.tune.searches import arguments
+from tune.search import read_search, trial_config
+from tune.trainable import CELL, PretrainingTrial, StopSign, Study
+
+
+@pytest.fixture
+def study(shards, tmp_path):
+    """That of a search of four reports a trial."""
+    search = read_search(arguments(tmp_path, shards, "--reports", "4")).search
+    train, labelled, _ = check(search)
+    config = trial_config(search, train.num_samples)
+    images, sign = Images(train, labelled, None), StopSign.remote()  # type: ignore[attr-defined]
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    return Study(config, images, None, "probe/linear_top1", "found", uri, None, True, {}, sign)
+
+
+def test_a_trial_that_is_stopped_trains_no_step_more(study, tmp_path):
+    def cell(ratio):
+        return {CELL: {"values": {"model.mask_ratio": ratio}, "seed": 0}}
+
+    # Not by Tune's own constructor, which makes a folder for its files.
+    trial = PretrainingTrial.__new__(PretrainingTrial)
+    trial.setup(cell(0.5), study)
+    reports = [trial.step(), trial.step()]
+    assert [(one["step"], one["done"]) for one in reports] == [(6, False), (12, False)]
+    began = time.perf_counter()
+    assert trial.reset_config(cell(0.75))
+    assert time.perf_counter() - began < 20
+    stopped = tmp_path / "runs" / "found" / "trials" / reports[0]["trial"]
+    # The next one in the same process goes to its end; what was stopped does nothing meanwhile.
+    last = [trial.step() for _ in range(4)][-1]
+    assert (last["step"], last["done"], last["trial"] != stopped.name) == (24, True, True)
+    told = [line for line, _ in read_spool(stopped / "metrics.jsonl") if line]
+    assert max(line["step"] for line in told if "step" in line) == 12
+    assert [line["status"] for line in told if "status" in line] == ["RUNNING", "FINISHED"]
+    assert checkpoint.newest_whole(Store(str(stopped)).child("checkpoints"), print) == 12
+    trial.cleanup()
