@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae_core.optim import make_optimizer
@@ -89,3 +91,29 @@ def test_a_step_on_a_gpu_never_waits_for_it():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.stack(results).isfinite().all()
+
+
+def _two_compiled_workers(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = []
+    for compiled in (False, True):
+        trainer, batches = trainer_of(torch.device("cpu"), target="normalized")
+        trainer.cut = Cut(16, 4, 2)  # two micro-batches each: gradients travel with the second
+        model = trainer.model
+        # The order of the loop's: what is wrapped for the all-reduce is compiled already.
+        module = torch.compile(model, backend="aot_eager") if compiled else model
+        trainer.model = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+        train_step(trainer, batches, 1e-2)
+        train_step(trainer, batches, 1e-2)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            told = train_step(trainer, batches, 1e-2)
+        # What a checkpoint holds: the model, not its wrappers.
+        results.append({"told": told, **model.state_dict()})
+    torch.testing.assert_close(results[1], results[0])
+    dist.destroy_process_group()
+
+
+@pytest.mark.chaos
+def test_compiled_workers_do_the_same_steps_and_compile_once(tmp_path):
+    torch.multiprocessing.spawn(_two_compiled_workers, (str(tmp_path),), nprocs=2)
