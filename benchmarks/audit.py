@@ -64,8 +64,8 @@ def delivery(folder: Path, plan: Plan, global_size: int, steps: range) -> Delive
         global_size: Samples a step.
         steps: The steps that are looked at.
     """
-    # By number of workers and step: a step that was broken off is done again, perhaps by others, in another cut.
-    seen: dict[tuple[int, int], set[tuple[int, tuple[int, ...]]]] = {}
+    # By step and number of workers: a step that was broken off is done again, perhaps by others, in another cut.
+    seen: dict[int, dict[int, set[tuple[int, tuple[int, ...]]]]] = {}
     attempts: Counter[tuple[int, int, int]] = Counter()
     given: set[tuple[float, int]] = set()
     again_in_step: Counter[int] = Counter()
@@ -81,15 +81,13 @@ def delivery(folder: Path, plan: Plan, global_size: int, steps: range) -> Delive
                 attempts[world_size, value["step"], value["index"]] += 1
                 # One that two attempts were given with the same samples is one; with others, both count, and the step
                 # has too many.
-                key = (world_size, value["step"])
-                seen.setdefault(key, set()).add((value["index"], tuple(value["ids"])))
+                worlds = seen.setdefault(value["step"], {})
+                worlds.setdefault(world_size, set()).add((value["index"], tuple(value["ids"])))
     lost = repeated = 0
     order_equal = True
     for step in steps:
         planned = plan.samples(step * global_size, (step + 1) * global_size)[0].tolist()
-        records = [
-            [sample for _, ids in sorted(micros) for sample in ids] for (_, at), micros in seen.items() if at == step
-        ]
+        records = [[sample for _, ids in sorted(micros) for sample in ids] for micros in seen.get(step, {}).values()]
         whole = [record for record in records if len(record) >= global_size]
         final = Counter(whole[0] if whole else max(records, key=len, default=[]))
         lost += (Counter(planned) - final).total()
@@ -98,6 +96,5 @@ def delivery(folder: Path, plan: Plan, global_size: int, steps: range) -> Delive
         order_equal &= bool(whole) and all(record == planned for record in whole) and not again_in_step[step]
         order_equal &= all(not Counter(record) - Counter(planned) for record in broken_off)
     again = {step for (_, step, _), times in attempts.items() if times > 1}
-    by_step = Counter(step for _, step in seen)
-    again |= {step for step, worlds in by_step.items() if worlds > 1}
+    again |= {step for step, worlds in seen.items() if len(worlds) > 1}
     return Delivery(lost, repeated, order_equal, len(again))

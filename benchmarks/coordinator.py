@@ -18,7 +18,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.ingest_on_ray import local_ray
-from benchmarks.nodes import wait_until
+from cluster.processes import wait_until
 from pipelines.cli import parse
 from pipelines.data.desk import Desk
 from pipelines.data.feed import Crew, Feed

@@ -23,7 +23,9 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.audit import CONTINUED, delivery, points
-from benchmarks.nodes import FAST_HEALTH_CHECKS, Cluster, Node, cluster, wait_until
+from cluster import members, operations
+from cluster.processes import wait_until
+from cluster.state import State, read
 from pipelines.cli import parse
 from pipelines.data.plan import Plan
 from pipelines.data.shards import load_manifest
@@ -37,8 +39,10 @@ KEEP_GOING = range(SAVE_EVERY, 3 * SAVE_EVERY)  # new steps between a recovery a
 PATIENCE_S = 300.0  # nothing that is waited for may take longer
 TOLERANCE = 1e-5
 
-Kind = Literal["worker", "node", "driver"]
-KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
+NOTICE_S = 30  # from a node's notice to its end
+
+Kind = Literal["worker", "node", "driver", "stopped", "drained"]
+KINDS: tuple[Kind, ...] = ("worker", "node", "driver")
 
 
 class Recovery(BaseModel):
@@ -50,11 +54,9 @@ class Recovery(BaseModel):
     """How often something is killed."""
     kinds: tuple[Kind, ...] = KINDS
     """What is killed: a worker's process; a node with all that is on it (another one joins); the driver (started
-    again)."""
+    again). Also 'stopped': a worker's process that hangs; 'drained': a node, with notice."""
     seed: int = 0
     """Decides what is killed when."""
-    slow_health_checks: bool = False
-    """Leave Ray's health checks of nodes as they are by default."""
     output: Annotated[str, tyro.conf.arg(name="json")] = ""
     """File for the numbers; empty: none."""
 
@@ -63,14 +65,14 @@ class Run:
     """A pretraining run on a cluster: its driver, which may be started more than once, and its folder.
 
     Args:
-        nodes: Where it runs.
+        state: The cluster where it runs.
         arguments: Of the command.
         folder: The run's folder.
         log: File for what the driver prints.
     """
 
-    def __init__(self, nodes: Cluster, arguments: Sequence[str], folder: Path, log: Path):
-        self._nodes = nodes
+    def __init__(self, state: State, arguments: Sequence[str], folder: Path, log: Path):
+        self._state = state
         self._arguments = [*arguments, "--run.storage", str(folder.parent), "--run.name", folder.name]
         self.folder = folder
         self._log = log
@@ -78,11 +80,10 @@ class Run:
 
     def start(self) -> None:
         """Starts the driver."""
-        environment = self._nodes.environment | {"MLFLOW_DISABLE_TELEMETRY": "true"}
         with self._log.open("ab") as file:
             self.driver = subprocess.Popen(
-                [sys.executable, "-m", "pipelines.pretrain", *self._arguments, "--scale.address", self._nodes.address],
-                cwd=ROOT, env=environment, stdout=file, stderr=file,
+                [sys.executable, "-m", "pipelines.pretrain", *self._arguments, "--scale.address", self._state.head],
+                cwd=ROOT, env=self._state.environment(), stdout=file, stderr=file,
             )  # fmt: skip
 
     def told(self) -> str:
@@ -152,39 +153,46 @@ def recipe(shards: Path, steps: int) -> list[str]:
     return [part for key, value in values.items() for part in (f"--{key}", *str(value).split())] + ["--log.ids"]
 
 
-def strike(kind: Kind, run: Run, nodes: Cluster, dice: random.Random) -> None:
+def strike(kind: Kind, run: Run, state: State, dice: random.Random) -> None:
     """Kills something, and sees to it that what replaces it comes: a node joins, the driver is started again."""
     if kind == "driver":
         run.driver.kill()
         run.driver.wait()
         run.start()
         return
-    at_work: list[Node] = [node for node in nodes.nodes if node.workers("RayTrainWorker")]
-    victim = dice.choice(at_work)
+    nodes = (node.name for node in read(state.folder).nodes)
+    victim, workers = dice.choice([(name, found) for name in nodes if (found := members.training(state, name))])
     if kind == "worker":
-        dice.choice(victim.workers("RayTrainWorker")).kill()
+        dice.choice(workers).kill()
+    elif kind == "stopped":
+        dice.choice(workers).suspend()
     else:
-        nodes.kill(victim)
-        nodes.add(1)
+        if kind == "node":
+            operations.kill(read(state.folder), victim)
+        else:
+            operations.drain(read(state.folder), victim, NOTICE_S, "benchmark")
+        operations.add(state)
 
 
-def disturb(run: Run, nodes: Cluster, kinds: Sequence[Kind], dice: random.Random) -> list[tuple[Kind, float]]:
+def disturb(run: Run, state: State, kinds: Sequence[Kind], dice: random.Random) -> list[tuple[Kind, float]]:
     """Kills one thing after the other.
 
     Returns:
-        What was killed, and the seconds from there to the end of the first step that had not been done before.
+        What was killed, and the seconds from there to the end of the first step that had not been done before; of a
+        node with notice, which may work on for a while, those between its last step and that one.
     """
     recovered: list[tuple[Kind, float]] = []
     for kind in kinds:
         run.wait_for(run.step() + dice.choice(KEEP_GOING))
         starts, struck = run.starts(), time.time()
-        strike(kind, run, nodes, dice)
+        strike(kind, run, state, dice)
         run.wait_for_start(starts + 1)
         # Counted when the old workers have gone: the last ones may have done another step after the blow.
         before = run.step()
         run.wait_for(before + 1)
-        new = min(step for step in points(run.folder) if step > before)
-        recovered.append((kind, points(run.folder)[new].time - struck))
+        done = points(run.folder)
+        new = min(step for step in done if step > before)
+        recovered.append((kind, done[new].time - (done[before].time if kind == "drained" else struck)))
         print(f"  {kind:7} killed at step {before:4}: next new step after {recovered[-1][1]:5.1f} s", flush=True)
     return recovered
 
@@ -201,29 +209,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds: list[Kind] = [args.kinds[number % len(args.kinds)] for number in range(args.kills)]
     dice.shuffle(kinds)
     steps = (KEEP_GOING.stop + SAVE_EVERY) * (args.kills + 1)
-    health = {} if args.slow_health_checks else FAST_HEALTH_CHECKS
-    with tempfile.TemporaryDirectory(prefix="recovery-") as name, cluster(0, **health) as nodes:
-        folder = Path(name)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="recovery-")))
+        state = stack.enter_context(operations.cluster(folder / "cluster", WORKERS, cpus=1))
         packed = subprocess.run(
             [sys.executable, "-m", "pipelines.make_shards", "--source", "digits", "--split", "train",
              "--out", str(folder / "shards")],
-            cwd=ROOT, env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
-            capture_output=True, text=True,
+            cwd=ROOT, env=state.environment(), capture_output=True, text=True,
         )  # fmt: skip
         if packed.returncode:
             raise RuntimeError(f"the digits could not be packed:\n{packed.stderr}")
-        for _ in range(WORKERS):
-            nodes.add(1)
         flags = recipe(folder / "shards", steps)
         print(f"{steps} steps of {GLOBAL_SIZE} on {WORKERS} workers, a checkpoint every {SAVE_EVERY}", flush=True)
-        alone = Run(nodes, flags, folder / "alone", folder / "alone.log")
+        alone = Run(state, flags, folder / "alone", folder / "alone.log")
         try:
             alone.wait_for_end()
         finally:
             alone.close()
-        killed = Run(nodes, flags, folder / "killed", folder / "killed.log")
+        killed = Run(state, flags, folder / "killed", folder / "killed.log")
         try:
-            recovered = disturb(killed, nodes, kinds, dice)
+            recovered = disturb(killed, state, kinds, dice)
             killed.wait_for_end()
         finally:
             killed.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pyarrow.fs as pafs
 
 from cluster.processes import MARK, free_ports, marked, process_name, wait_until
@@ -25,8 +26,16 @@ FAST_HEALTH_CHECKS = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
-# MLflow would keep seven processes of 230 MB for jobs of its own.
-_SETTINGS = FAST_HEALTH_CHECKS | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+# What members are started with, where the environment does not say otherwise.
+_SETTINGS = FAST_HEALTH_CHECKS | {
+    # MLflow would keep seven processes of 230 MB for jobs of its own.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    # A job that is stopped has so long from SIGTERM to SIGKILL, for its last checkpoint: 3 s by default. Jobs read it
+    # on the head.
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    # A run has more actors than a small node has CPUs: its raylet would warn of every dozen of them in the job's log.
+    "RAY_worker_maximum_startup_concurrency": "16",
+}
 
 
 class Member:
@@ -43,7 +52,7 @@ class Member:
         self.name = name
         self._log = state.folder / "logs" / f"{name}.log"
         self._log.parent.mkdir(exist_ok=True)
-        environment = state.environment() | _SETTINGS | {MARK: state.mark(name)}
+        environment = _SETTINGS | state.environment() | {MARK: state.mark(name)}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, cwd=state.ray_dir, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -94,7 +103,8 @@ def start_node(state: State, node: Node) -> Member:
         "--node-ip-address", node.address, "--num-cpus", str(node.cpus), "--num-gpus", "0",
         "--object-store-memory", str(state.store_mib << 20), "--dashboard-agent-listen-port", str(node.agent_port),
         "--metrics-export-port", str(metrics), "--min-worker-port", "0", "--max-worker-port", "0",
-        "--disable-usage-stats", "--temp-dir", str(state.ray_dir), *where,
+        # A folder of its own: where one begins to use a job's code, its agent unpacks it anew, over that of the others.
+        "--disable-usage-stats", "--temp-dir", str(state.ray_dir / node.name), *where,
     ]  # fmt: skip
     return Member(state, node.name, command, node.cpus)
 
@@ -162,6 +172,12 @@ def runs(state: State, name: str) -> bool:
     """Whether a server has a process, a node its raylet."""
     found = marked(state.mark(name))
     return bool(found) if name in SERVERS else any(process_name(process) == "raylet" for process in found)
+
+
+def training(state: State, name: str = "") -> list[psutil.Process]:
+    """The workers of Ray Train on a node, or on all of them."""
+    found = marked(state.mark(name))
+    return [process for process in found if process_name(process).startswith("ray::RayTrainWork")]
 
 
 def ray_nodes(state: State) -> dict[str, dict[str, Any]] | None:

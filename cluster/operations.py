@@ -70,14 +70,12 @@ def _none_left_behind(state: State) -> Iterator[list[str]]:
 
 
 def _start_nodes(folder: Path, wanted: list[tuple[str, int]], started: list[str]) -> None:
-    """Starts nodes (a name, or none, and the CPUs that it offers) side by side, and waits until all have joined."""
-    waiting = []
+    """Starts nodes (a name, or none, and the CPUs that it offers), and waits until all have joined."""
+    # One after the other: `ray start` gives its raylet 30 s, and side by side on few cores they take longer.
     for name, cpus in wanted:
         node = _reserve(folder, name, cpus)
         started.append(node.name)
-        waiting.append(members.start_node(read(folder), node))
-    for member in waiting:
-        members.wait_for_node(member)
+        members.wait_for_node(members.start_node(read(folder), node))
 
 
 def _reserve(folder: Path, name: str, cpus: int) -> Node:
@@ -150,3 +148,20 @@ def down(state: State) -> None:
     """Ends all of a cluster, whatever is left of it."""
     processes.kill(state.mark(), state.ray_dir)
     forget(state)
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, nodes: int, cpus: int, store_mib: int = 100) -> Iterator[State]:
+    """A cluster for the length of a block; nothing of it runs on, whatever happens.
+
+    Args:
+        folder: As in ``up``.
+        nodes: As in ``up``.
+        cpus: As in ``up``.
+        store_mib: As in ``up``.
+    """
+    try:
+        yield up(folder, nodes, cpus, store_mib)
+    finally:
+        if (state := find(folder)) is not None:
+            down(state)

@@ -111,7 +111,7 @@ class State(Section):
 
     def environment(self) -> dict[str, str]:
         """The whole environment of the cluster's processes, and of commands on it."""
-        foreign = ("RAY_JOB", "RAY_AUTH", "RAY_ADDRESS", "RAY_API", "MLFLOW_TRACKING", "AWS_")
+        foreign = ("RAY_JOB_ID", "RAY_JOB_CONFIG", "RAY_AUTH", "RAY_ADDRESS", "RAY_API", "MLFLOW_TRACKING", "AWS_")
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         # A job says `python`, and means this one.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 
 from mae_core.images import Crops, center_crops, random_resized_crops
@@ -107,6 +106,7 @@ def color_jitter(image_HWC: np.ndarray, key: tuple[int, int, int, int]) -> None:
         key: Seed, epoch, sample, repeat.
     """
     # Not at the top: a reading task that has no use for it would wait for its import.
+    import torch
     from torchvision.transforms.v2 import functional
 
     draws = uniform(Purpose.JITTER, *key, np.arange(6))

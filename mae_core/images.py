@@ -9,13 +9,17 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mae_core.randomness import Integers, Purpose, uniform
+
+if TYPE_CHECKING:
+    # What only decodes, or hands images on, would wait 1.5 s for its import.
+    import torch
 
 MAX_PIXELS = 89_000_000
 
@@ -196,6 +200,8 @@ def crop_resize(
     if box_HWC.shape == out.shape and not flip:
         out[...] = box_HWC
         return
+    import torch
+
     # The copy, and unsqueeze before permute, make the strides channels-last: more than twice as fast.
     box_1CHW = torch.from_numpy(box_HWC.copy()).unsqueeze(0).permute(0, 3, 1, 2)
     if box_HWC.shape != out.shape:
@@ -213,8 +219,8 @@ def _mirrored(first: int, num: int, size: int) -> np.ndarray:
 
 
 def normalize(
-    images_BHWC: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor
-) -> torch.Tensor:
+    images_BHWC: "torch.Tensor", mean: "Sequence[float] | torch.Tensor", std: "Sequence[float] | torch.Tensor"
+) -> "torch.Tensor":
     """Pixels as the model takes them: ``(x / 255 - mean) / std`` on the device of the images.
 
     Args:
@@ -225,6 +231,8 @@ def normalize(
     Returns:
         float32 [B, C, H, W], contiguous.
     """
+    import torch
+
     mean_C = torch.as_tensor(mean, dtype=torch.float32, device=images_BHWC.device)
     std_C = torch.as_tensor(std, dtype=torch.float32, device=images_BHWC.device)
     images_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)

@@ -6,9 +6,13 @@ SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 """
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    # Packing and planning have no use for it, and would wait 1.5 s for its import.
+    import torch
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -98,7 +102,7 @@ def _signed(x: int) -> int:
     return x - (1 << 64) if x >= 1 << 63 else x
 
 
-def mask_noise(keys_B: torch.Tensor, num_patches: int) -> torch.Tensor:
+def mask_noise(keys_B: "torch.Tensor", num_patches: int) -> "torch.Tensor":
     """Noise whose order masks a sample: the patches with the smallest values are kept.
 
     The patch's own index fills the low bits, so that no two patches of a sample ever tie.
@@ -110,6 +114,8 @@ def mask_noise(keys_B: torch.Tensor, num_patches: int) -> torch.Tensor:
     Returns:
         int64 [B, N], non-negative, computed on the device of ``keys_B``.
     """
+    import torch
+
     patch_N = torch.arange(num_patches, device=keys_B.device, dtype=torch.int64)
     x_BN = (keys_B[:, None] ^ patch_N) * _signed(_GOLDEN) + _signed(_MIX_2)
     # int64 shifts are arithmetic: the masks make them logical, as in the NumPy form above.
@@ -121,5 +127,7 @@ def mask_noise(keys_B: torch.Tensor, num_patches: int) -> torch.Tensor:
 
 def mask_keys(seed: int, epoch_B: np.ndarray, sample_B: np.ndarray, repeat_B: Integers = 0, source: Integers = 0):
     """The int64 tensor [B] of mask keys on the CPU, as ``mask_noise`` takes it."""
+    import torch
+
     keys_B = hash_u64(Purpose.MASK, seed, epoch_B, source, sample_B, repeat_B)
     return torch.from_numpy(keys_B.view(np.int64))

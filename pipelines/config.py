@@ -233,6 +233,8 @@ class Log(Section):
     """Images in the reconstruction picture; 0: no picture."""
     ids: bool = False
     """Write the sample ids of every step to ids/ in the run's folder: a proof of the order, for audits."""
+    ids_folder: str = ""
+    """Folder for log.ids that all workers share, where run.storage is remote; empty: ids/ in the run's folder."""
 
 
 class Config(Section):

@@ -1,5 +1,6 @@
 """Lines from the workers in the driver's terminal, wherever they run."""
 
+import asyncio
 import threading
 from typing import Any
 
@@ -14,7 +15,10 @@ class Console:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
-        self._failure: tuple[str, bool] | None = None
+        self._failure: tuple[str, int] | None = None
+        self._stop = asyncio.Event()
+        self._stopped_at: int | None = None
+        self._finished = False
         self._scored: list[tuple[int, dict[str, float]]] = []
         self._goes_on_until = 0
 
@@ -27,18 +31,46 @@ class Console:
         lines, self._lines = self._lines, []
         return lines
 
-    def fail(self, reason: str, by_user: bool) -> None:
+    def fail(self, reason: str, code: int) -> None:
         """Notes why trying again is of no use; the first reason stands.
 
         Args:
             reason: The error in one line.
-            by_user: Whether it is one that the user can mend.
+            code: What the command then exits with (``pipelines.errors``).
         """
-        self._failure = self._failure or (reason, by_user)
+        self._failure = self._failure or (reason, code)
 
-    def failure(self) -> tuple[str, bool] | None:
+    def failure(self) -> tuple[str, int] | None:
         """What was noted."""
         return self._failure
+
+    async def stop(self) -> None:
+        """Asks the run to stop at its next step."""
+        self._stop.set()
+
+    async def until_stopped(self) -> None:
+        """Returns when the run is asked to stop."""
+        await self._stop.wait()
+
+    def is_stopped(self) -> bool:
+        """Whether the run is asked to stop."""
+        return self._stop.is_set()
+
+    def stops_at(self, step: int) -> None:
+        """Notes that all workers stop after a step."""
+        self._stopped_at = step
+
+    def stopped_at(self) -> int | None:
+        """The steps done where all workers stop; None: they do not, or not yet."""
+        return self._stopped_at
+
+    def finish(self) -> None:
+        """Notes that the run has come to its end."""
+        self._finished = True
+
+    def has_finished(self) -> bool:
+        """Whether it has."""
+        return self._finished
 
     def score(self, step: int, scores: dict[str, float]) -> None:
         """Shows a probe's scores to whoever judges the run.

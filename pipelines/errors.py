@@ -4,7 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
-USAGE_ERROR = 2
+FAILED, USAGE_ERROR, DIVERGED = 1, 2, 3
+"""Exit codes of commands; one that was asked to stop has 128 and the signal's number."""
 
 
 class UserError(ValueError):

@@ -108,7 +108,7 @@ def attach(client: MlflowClient, folder: Path, uri: str) -> str:
     """Makes the MLflow run of a folder, or finds it, and brings its parameters, tags and data sets up to date.
 
     The order: the run id in ``run.json``, if it is of this MLflow; else the run with the tag ``mae.run_uid`` (its id
-    was lost with an answer, or the folder goes to another MLflow); else a new run.
+    was lost with an answer, or the folder goes to another MLflow); else a new run. Empty doubles are deleted.
 
     Returns:
         The run id, which is in ``run.json`` then.
@@ -125,9 +125,7 @@ def attach(client: MlflowClient, folder: Path, uri: str) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-    if run is None:
-        query = f"tags.`{UID_TAG}` = '{record.uid}'"
-        run = next(iter(client.search_runs([experiment_id], query, ViewType.ALL, max_results=1)), None)
+    run = _only(client, experiment_id, record.uid, run)
     if run is None:
         tags = {UID_TAG: record.uid}
         if record.parent_run_id:
@@ -141,6 +139,21 @@ def attach(client: MlflowClient, folder: Path, uri: str) -> str:
     if (record.mlflow_run_id, record.tracking_uri) != (run_id, redact(uri)):
         record.model_copy(update={"mlflow_run_id": run_id, "tracking_uri": redact(uri)}).write(folder)
     return run_id
+
+
+def _only(client: MlflowClient, experiment_id: str, uid: str, known: Run | None) -> Run | None:
+    """The run with a uid: the known one, else the one to go on with, else None.
+
+    A request to make it that was given up as lost may have arrived after all: the empty runs beside it are deleted.
+    """
+    found = client.search_runs([experiment_id], f"tags.`{UID_TAG}` = '{uid}'", ViewType.ALL)
+    found.sort(key=lambda run: (run.info.lifecycle_stage == "deleted", not run.data.metrics, run.info.start_time))
+    run = known or next(iter(found), None)
+    for other in found:
+        is_run = run is None or other.info.run_id == run.info.run_id
+        if not is_run and not other.data.metrics and other.info.lifecycle_stage != "deleted":
+            client.delete_run(other.info.run_id)
+    return run
 
 
 def _describe(client: MlflowClient, run: Run, record: RunRecord) -> None:

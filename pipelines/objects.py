@@ -19,6 +19,7 @@ from pipelines.reading import THREAD
 
 # Both longer than a reader waits before it tries beside. On Linux, too, the second one ends a read that stands still.
 _CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S = 10.0, 30.0
+_PART_ATTEMPTS = 4
 # Arrow gives a read of an object whole or not at all: no larger ones, so that little is read again; and not smaller,
 # so that a range of some dozen images is one request.
 _PIECE = 8 << 20
@@ -59,12 +60,18 @@ def fetch(location: str, name: str, start: int, stop: int | None, *, fresh: bool
             yield piece
 
 
-def locate(location: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a folder's address, and the folder's path in it."""
+def locate(location: str, *, uploads: bool = False) -> tuple[pafs.FileSystem, str]:
+    """The file system of a folder's address, and the folder's path in it.
+
+    Args:
+        location: The address.
+        uploads: For files that are written: the client itself tries a part again, else every fault would begin all
+            of a large file anew.
+    """
     place, query = split_query(location)
     scheme, _, rest = place.partition("://")
     bucket, _, folder = rest.partition("/")
-    filesystem, root = _bucket(f"{scheme}://{bucket}{query}")
+    filesystem, root = _bucket(f"{scheme}://{bucket}{query}", _PART_ATTEMPTS if uploads else 1)
     return filesystem, f"{root}/{unquote(folder).strip('/')}".rstrip("/")
 
 
@@ -110,8 +117,8 @@ def _open(location: str, name: str, *, fresh: bool) -> pa.NativeFile:
 
 
 @functools.lru_cache(maxsize=64)
-def _bucket(uri: str) -> tuple[pafs.FileSystem, str]:
-    """A bucket's file system, with the client's own retries off."""
+def _bucket(uri: str, attempts: int) -> tuple[pafs.FileSystem, str]:
+    """A bucket's file system, whose client itself tries each request so many times."""
     if uri.startswith("gs://") and "retry_limit_seconds" not in uri:
         uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds=1"
     filesystem, bucket = pafs.FileSystem.from_uri(uri)
@@ -123,7 +130,7 @@ def _bucket(uri: str) -> tuple[pafs.FileSystem, str]:
             | {
                 "connect_timeout": _CONNECT_TIMEOUT_S,
                 "request_timeout": _REQUEST_TIMEOUT_S,
-                "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=1),
+                "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
             }
         )
     return filesystem, bucket.rstrip("/")

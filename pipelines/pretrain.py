@@ -25,15 +25,18 @@ from pipelines.cli import parse_with_file, to_toml
 from pipelines.config import Config, flat, identity, identity_hash, total_steps, younger_defaults
 from pipelines.console import Printer, make_console
 from pipelines.data.shards import Manifest, load_manifest
-from pipelines.errors import UserError, run_command
+from pipelines.errors import FAILED, USAGE_ERROR, UserError, run_command
 from pipelines.ray_session import connect
-from pipelines.spool import Spool
+from pipelines.spool import Spool, Status
+from pipelines.stopping import StoppedError, do_until_stopped, take_signals
 from pipelines.storage import Store, absolute
-from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send
+from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send, send_rest
 from pipelines.training import checkpoint
 from pipelines.training.build import check_initial_weights, check_model
+from pipelines.training.job import Job
 from pipelines.training.launch import check_resources, run_here, run_workers
-from pipelines.training.loop import Job, train_worker
+from pipelines.training.loop import train_worker
+from pipelines.training.lost import LostWorkers
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.unreadable import told
 
@@ -53,11 +56,10 @@ def resolve(config: Config) -> Config:
     """The configuration with every path absolute, since workers run in other folders and on other machines."""
     values = config.model_dump()
     values["run"]["storage"] = absolute(config.run.storage)
-    for section, key in (("data", "train"), ("probe", "train"), ("probe", "test")):
+    places = (("data", "train"), ("probe", "train"), ("probe", "test"), ("run", "init_from"), ("log", "ids_folder"))
+    for section, key in places:
         if values[section][key]:
             values[section][key] = absolute(values[section][key])
-    if config.run.init_from:
-        values["run"]["init_from"] = absolute(config.run.init_from)
     return Config.model_validate(values)
 
 
@@ -77,8 +79,10 @@ def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
         check_initial_weights(config)
     if Store(config.run.storage).is_web:
         raise UserError(f"run.storage: nothing can be written to {config.run.storage}; name a folder, s3:// or gs://")
-    if config.log.ids and not Store(config.run.storage).is_local:
-        raise UserError("log.ids writes to a local run.storage only")
+    if config.log.ids and not Store(config.log.ids_folder or config.run.storage).is_local:
+        raise UserError(
+            "log.ids writes to a local run.storage only: name a folder that all workers share, log.ids_folder"
+        )
     train = load_manifest(config.data.train)
     total_steps(config, train.num_samples)
     probes = [load_manifest(where) if where else None for where in (config.probe.train, config.probe.test)]
@@ -165,15 +169,12 @@ def describe(config: Config, images: Images, parent_run_id: str | None = None) -
     )
 
 
-def pretrain(
-    config: Config, images: Images, folder: RunFolder, console: Any, *, here: bool = False, **options: bool
-) -> None:
+def pretrain(config: Config, images: Images, console: Any, *, here: bool = False, **options: bool) -> None:
     """Runs the workers to the run's end; its MLflow run and its folder are there.
 
     Args:
         config: The resolved configuration.
         images: The data sets.
-        folder: The run's small files.
         console: Where the workers tell.
         here: Whether the only worker is this process.
         options: Those of ``Job``.
@@ -189,28 +190,49 @@ def pretrain(
         if here:
             run_here(lambda: train_worker(job), config.scale)
         else:
-            run_workers(lambda: train_worker(job), config.scale, store)
+            run_workers(lambda: train_worker(job), config.scale, store, [LostWorkers(console, config)])
     except ray.train.TrainingFailedError as failed:
         error = str(failed)
     failure = ray.get(console.failure.remote())
     if failure is None and not error:
         return
-    reason, by_user = failure or (error, False)
+    reason, code = failure or (error, FAILED)
     with contextlib.suppress(OSError):  # the disk may be what failed
         store.write("error.log", reason)
     with contextlib.suppress(OSError):
-        Spool(folder.path).status("FAILED")
-        if not options.get("followed"):
-            send(folder.path, timeout_s=10.0)
-        folder.push()
-    if by_user:
+        end_record(store, "FAILED", followed=options.get("followed", False))
+    if code == USAGE_ERROR:
         raise UserError(reason)
     last = [line for line in reason.splitlines() if line.strip()][-1].strip()
-    raise PretrainingError(f"{last} (all of it: {store.path('error.log')})")
+    raise PretrainingError(f"{last} (all of it: {store.path('error.log')})", code)
+
+
+def end_record(store: Store, status: Status, *, followed: bool = False) -> None:
+    """Writes how a run ended where its workers could not, and sends the record.
+
+    Args:
+        store: The run's folder.
+        status: How it ended.
+        followed: Whether somebody else sends it.
+    """
+    # Anew: where the storage is remote, the workers have sent theirs since.
+    folder = RunFolder(store)
+    Spool(folder.path).status(status)
+    if not followed:
+        send(folder.path, timeout_s=10.0)
+    folder.push()
 
 
 class PretrainingError(Exception):
-    """A run failed by what is no mistake of the user's; the text says why, in one line."""
+    """A run failed by what is no mistake of the user's; the text says why, in one line.
+
+    Args:
+        code: What the command exits with.
+    """
+
+    def __init__(self, text: str, code: int = FAILED):
+        super().__init__(text)
+        self.code = code
 
 
 def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: float) -> str:
@@ -252,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(summary(config, result, tracking_uri, 0.0))
         return 0
     images = Images(train, labelled, test)
-    with connect(address=config.scale.address):
+    with connect(address=config.scale.address), take_signals() as signals:
         check_resources(config.scale, config.data.cpus_per_task)
         folder = RunFolder(store)
         create_run(folder.path, describe(config, images), tracking_uri=tracking_uri)
@@ -265,13 +287,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = make_console()
         printer = Printer(console)
         try:
-            pretrain(config, images, folder, console)
+            do_until_stopped(lambda: pretrain(config, images, console), console, signals)
         except PretrainingError as error:
             print(f"error: training failed: {error}", file=sys.stderr)
-            return 1
+            return error.code
+        except StoppedError as stopped:
+            if not stopped.is_recorded:
+                with contextlib.suppress(OSError):
+                    end_record(store, "KILLED")
+            print(f"run '{config.run.name}' {stopped}; the same command continues it", file=sys.stderr)
+            return stopped.code
         finally:
             printer.stop()
-    left = send(folder.path, timeout_s=30.0) if store.is_local else None
+    left = send_rest(folder.path, timeout_s=30.0) if store.is_local else None
     result = json.loads(store.read("result.json"))
     print(summary(config, result, tracking_uri, time.perf_counter() - started))
     if left is not None and left.left:

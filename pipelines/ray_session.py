@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,9 @@ def connect(num_cpus: int = 0, address: str = "") -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS", "")
+    if not sys.stdout.isatty():
+        # What Ray's nodes have to say would come in colours.
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     # Workers speak through pipelines.console and their errors; what Ray's own parts say besides stays in its logs.
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address:

@@ -4,15 +4,16 @@ import difflib
 import json
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pydantic
 
-from mae_core.model import MaskedAutoencoder
 from pipelines.config import Config, identity_hash
 from pipelines.errors import UserError
 from pipelines.storage import Store, absolute
-from pipelines.training import checkpoint
-from pipelines.training.build import build_model
+
+if TYPE_CHECKING:
+    from mae_core.model import MaskedAutoencoder
 
 CONFIG = "config.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -75,7 +76,7 @@ def final_step(store: Store) -> int | None:
     return result["step"] if result["identity"] == identity_hash(identity) else None
 
 
-def load_encoder(store: Store, config: Config, warn: Callable[[str], None]) -> tuple[MaskedAutoencoder, int]:
+def load_encoder(store: Store, config: Config, warn: Callable[[str], None]) -> "tuple[MaskedAutoencoder, int]":
     """The model of a run's newest whole checkpoint, encoder and decoder, on the current default device.
 
     Args:
@@ -89,6 +90,10 @@ def load_encoder(store: Store, config: Config, warn: Callable[[str], None]) -> t
     Raises:
         UserError: The run has no whole checkpoint, or one that does not fit its configuration.
     """
+    # Not at the top: who only looks for a run would wait seconds for PyTorch and timm.
+    from pipelines.training import checkpoint
+    from pipelines.training.build import build_model
+
     checkpoints = store.child("checkpoints")
     step = checkpoint.newest_whole(checkpoints, warn)
     if step is None:

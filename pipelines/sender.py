@@ -9,7 +9,6 @@ How a point arrives exactly once, although an answer can be lost and a process k
 3. one process at a time does this for a run folder, under a lock.
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -17,37 +16,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pydantic
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 from PIL import Image
 
 from pipelines.mlflow_client import TAG_CHARACTERS, CannotSendError, attach, connect, locked, reason
+from pipelines.sent import SENT_FILE, Cursor, SentState, digest
 from pipelines.spool import SPOOL_FILE, read_spool
 from pipelines.storage import Store
 from pipelines.tracking import Sent
 
-SENT_FILE = "sent.json"
 LOCK_FILE = "sync.lock"
 BATCH_METRICS = 1000
 NONFINITE_TAG = "mae.nonfinite"
-
-
-class Cursor(pydantic.BaseModel):
-    """How far a spool has been sent: an offset in bytes, and a digest of what lies before it."""
-
-    offset: int = 0
-    digest: str = ""
-
-
-class SentState(pydantic.BaseModel):
-    """``sent.json``. Points and files have a cursor each: an artifact store that fails holds up no metric."""
-
-    run_id: str = ""
-    points: Cursor = Cursor()
-    files: Cursor = Cursor()
-    nonfinite: dict[str, int] = {}
-    """How many values that are no number each metric has had."""
 
 
 class Sender:
@@ -114,22 +95,29 @@ class Sender:
         state = SentState.model_validate_json(path.read_bytes()) if path.exists() else SentState()
         if state.run_id != run_id:
             state = SentState(run_id=run_id)
-        if self._digest(state.points.offset) != state.points.digest:
+        if digest(self._spool, state.points.offset) != state.points.digest:
             # Another spool than the one that was sent, such as an older copy: all of it again, without what is there.
             state = SentState(run_id=run_id)
         if state != self._state:
             self._steps = self._pictures = None
+        if self._steps is None and self._has_lost(run_id, state.points.offset):
+            # MLflow's database is one from before: the same.
+            state = SentState(run_id=run_id)
         self._state = state
 
-    def _digest(self, offset: int) -> str:
-        if offset == 0 or not self._spool.exists():
-            return ""
-        with self._spool.open("rb") as file:
-            file.seek(max(0, offset - 256))
-            return hashlib.sha256(file.read(min(256, offset))).hexdigest()[:16]
+    def _has_lost(self, run_id: str, offset: int) -> bool:
+        """Whether MLflow lacks points that it had once: those before an offset of the spool."""
+        had: dict[str, int] = {}
+        for line, end in read_spool(self._spool):
+            if end > offset:
+                break
+            finite = (name for name, value in (line or {}).get("metrics", {}).items() if not isinstance(value, str))
+            had.update((name, line["step"]) for name in finite if line)
+        largest = self._largest_steps(run_id)
+        return any(step > largest.get(name, -1) for name, step in had.items())
 
     def _move(self, cursor: Cursor, offset: int) -> None:
-        cursor.offset, cursor.digest = offset, self._digest(offset)
+        cursor.offset, cursor.digest = offset, digest(self._spool, offset)
         Store(str(self._folder)).write(SENT_FILE, self._state.model_dump_json() + "\n")
 
     def _send_points(self, run_id: str, sent: Sent, deadline: float) -> None:

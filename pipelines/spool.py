@@ -15,6 +15,7 @@ import math
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -60,7 +61,7 @@ def read_spool(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | N
 
 
 class Spool:
-    """The append side of ``metrics.jsonl``; one process writes it.
+    """The append side of ``metrics.jsonl``; one process writes it, from any of its threads.
 
     Opening cuts off a torn last line. A point is written once: at a step at or below the last spooled one of its
     metric it is dropped, so that a run that resumes from an older step leaves no point twice.
@@ -70,6 +71,7 @@ class Spool:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / SPOOL_FILE
         self._last: dict[str, int] = {}
+        self._writing = threading.Lock()
         whole = 0
         for line, end in read_spool(self._path):
             whole = end
@@ -90,11 +92,13 @@ class Spool:
                 new[name] = number if math.isfinite(number) else str(number)
         if new:
             self._write({"step": step, "time": time.time(), "metrics": new})
+            self._last.update(dict.fromkeys(new, step))
 
     def image(self, step: int, key: str, file: str) -> None:
         """Notes a picture that lies in the run folder, complete; ``file`` is relative to it."""
         if self._is_new(step, f"image:{key}"):
             self._write({"step": step, "time": time.time(), "image": {"key": key, "file": file}})
+            self._last[f"image:{key}"] = step
 
     def artifact(self, file: str, folder: str = "") -> None:
         """Notes a file of the run folder to be uploaded into ``folder`` of the run's artifacts."""
@@ -115,15 +119,15 @@ class Spool:
     def _is_new(self, step: int, name: str) -> bool:
         if name not in self._last:
             assert _NAME.fullmatch(name), f"'{name}' is no name of a metric or picture for MLflow"
-        elif step <= self._last[name]:
-            return False
-        self._last[name] = step
-        return True
+            return True
+        return step > self._last[name]
 
     def _write(self, line: dict[str, Any]) -> None:
         data = json.dumps(line, allow_nan=False).encode() + b"\n"
-        written = os.write(self._file, data)
+        with self._writing:
+            written = os.write(self._file, data)
+            if written != len(data):
+                # Half a line fitted on the disk.
+                os.ftruncate(self._file, os.fstat(self._file).st_size - written)
         if written != len(data):
-            # Half a line fitted on the disk.
-            os.ftruncate(self._file, os.fstat(self._file).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))

@@ -5,12 +5,12 @@ appears when its upload ends. Web servers are only read. What a remote store doe
 (``reading.py``).
 """
 
+import contextlib
 import errno
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -23,6 +23,8 @@ from pipelines.errors import UserError
 from pipelines.reading import ReadError, ReadPolicy, fetch_range, read_local, retried
 
 Result = TypeVar("Result")
+# The bytes of a file that is written, from its beginning each time that it is called.
+Content = Callable[[], Iterable[bytes | memoryview]]
 WEB_SCHEMES = ("http", "https")
 REMOTE_SCHEMES = ("s3", "gs", *WEB_SCHEMES)
 # For what a person waits for: a manifest, a listing, a checkpoint.
@@ -115,22 +117,24 @@ class Store:
         else:
             yield from objects.fetch(self.location, name, start, stop, fresh=fresh)
 
-    @contextmanager
+    @contextlib.contextmanager
     def open_output(self, name: str) -> Iterator[BinaryIO]:
-        """Opens a file for writing; it takes its name only when the block ends without an error."""
+        """Opens a file for writing; it takes its name only when the block ends without an error.
+
+        That of an object store is kept here until then, on disk where it is large. What lies in memory already goes
+        through ``write_content``.
+        """
         if not self.is_local:
             self._refuse_web("written")
             with tempfile.SpooledTemporaryFile(max_size=64 << 20) as spool:
                 yield spool  # type: ignore[misc]
 
-                def upload() -> None:
+                def content() -> Iterator[bytes]:
                     spool.seek(0)
-                    filesystem, root = self._filesystem()
-                    with filesystem.open_output_stream(f"{root}/{name}") as out:
-                        while chunk := spool.read(8 << 20):
-                            out.write(chunk)
+                    while chunk := spool.read(8 << 20):
+                        yield chunk
 
-                self._retried(upload, name)
+                self.write_content(name, content)
             return
         path = self.local(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,10 +149,36 @@ class Store:
             temporary.unlink(missing_ok=True)
             raise
 
-    def write(self, name: str, data: bytes | str) -> None:
+    def write(self, name: str, data: bytes | str, *, policy: ReadPolicy = _SHORT) -> None:
         """Writes a whole file, or none."""
-        with self.open_output(name) as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+        content = data.encode() if isinstance(data, str) else data
+        self.write_content(name, lambda: [content], policy=policy)
+
+    def write_content(self, name: str, content: Content, *, policy: ReadPolicy = _SHORT) -> None:
+        """Writes a whole file, or none, from wherever its bytes lie: nothing of it is kept.
+
+        Args:
+            name: The file.
+            content: Its bytes; asked for once more at each attempt.
+            policy: How long a remote store is kept at.
+
+        Raises:
+            ReadError: The fault of a remote store stays.
+            OSError: The file system's own.
+        """
+        if self.is_local:
+            with self.open_output(name) as file:
+                file.writelines(content())
+            return
+        self._refuse_web("written")
+
+        def upload() -> None:
+            filesystem, root = objects.locate(self.location, uploads=True)
+            with filesystem.open_output_stream(f"{root}/{name}") as out:
+                for chunk in content():
+                    out.write(chunk)
+
+        self._retried(upload, name, policy)
 
     def size(self, name: str) -> int | None:
         """The file's size in bytes; None where there is no such file."""
@@ -201,6 +231,20 @@ class Store:
 
         delete() if self.is_local else self._retried(delete)
 
+    def remove(self, name: str) -> None:
+        """Deletes one file; nothing happens where it does not exist."""
+        self._refuse_web("deleted")
+        if self.is_local:
+            self.local(name).unlink(missing_ok=True)
+            return
+
+        def delete() -> None:
+            filesystem, root = self._filesystem()
+            filesystem.delete_file(f"{root}/{name}")
+
+        with contextlib.suppress(FileNotFoundError):
+            self._retried(delete, name)
+
     def _list(self, *, allow_not_found: bool) -> list[pafs.FileInfo]:
         self._refuse_web("listed")
 
@@ -218,12 +262,12 @@ class Store:
                 f"{self.shown()} cannot be {what}: files on http(s):// are only read here, each by its name"
             )
 
-    def _retried(self, act: Callable[[], Result], name: str = "") -> Result:
+    def _retried(self, act: Callable[[], Result], name: str = "", policy: ReadPolicy = _SHORT) -> Result:
         def once() -> Result:
             with objects.faults():
                 return act()
 
-        return retried(once, self.shown(name), _SHORT)
+        return retried(once, self.shown(name), policy)
 
     def _url(self, name: str) -> str:
         return self.path(quote(name))

@@ -14,13 +14,16 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import pydantic
 
 from pipelines.errors import UserError
+from pipelines.sent import has_all
 from pipelines.spool import SPOOL_FILE, redact
 from pipelines.storage import Store
 
@@ -28,6 +31,7 @@ RUN_FILE = "run.json"
 LOG_FILE = "sync.log"
 PROCESS_MODULE = "pipelines.follower"
 STARTING_S = 60.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before a follower that was killed is started again
 
 
 def resolve_tracking_uri(storage: str) -> str:
@@ -231,6 +235,13 @@ def send(folder: Path, *, timeout_s: float, tracking_uri: str | None = None) -> 
     return Sent(**{"left": count_lines(folder / SPOOL_FILE), **answer})
 
 
+def send_rest(folder: Path, *, timeout_s: float) -> Sent:
+    """As ``send``, after a follower: where that has sent everything, no process starts to find nothing to do."""
+    if has_all(folder, RunRecord.read(folder).mlflow_run_id):
+        return Sent()
+    return send(folder, timeout_s=timeout_s)
+
+
 def count_lines(path: Path) -> int:
     """Whole lines of a file; 0 where there is none."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -282,35 +293,55 @@ def _ask_client(action: str, folder: Path, timeout_s: float, tracking_uri: str |
 def start_follower(folder: Path, *, tracking_uri: str | None = None) -> "Follower":
     """Starts the process that follows the spool, and those of trials, and sends it every other second.
 
-    It retries for as long as this process lives, at low priority, and tells its troubles to ``sync.log`` only. Where
-    this process dies without ``Follower.stop``, it writes the status KILLED and tries once more to send the rest.
+    It retries for as long as this process lives, at low priority, and tells its troubles to ``sync.log`` only. One that
+    is killed, as for memory, is started again. Where this process dies without ``Follower.stop``, it writes the status
+    KILLED and tries once more to send the rest.
 
     Args:
         folder: The run's local folder, with ``run.json``.
         tracking_uri: With credentials, if it has any; None for the one of the environment or of ``run.json``.
     """
-    try:
-        with (folder / LOG_FILE).open("ab") as log:
-            process = _client_process(
-                "follow", folder, str(os.getpid()), tracking_uri=tracking_uri, log=log, stdin=subprocess.PIPE
-            )
-        return Follower(process)
-    except OSError as error:
-        # No memory, no process left: training goes on, and the spool has everything.
-        print(f"warning: nothing follows {folder / SPOOL_FILE}: {error}", file=sys.stderr, flush=True)
-        return Follower(None)
+
+    def start() -> "subprocess.Popen[bytes] | None":
+        try:
+            with (folder / LOG_FILE).open("ab") as log:
+                return _client_process(
+                    "follow", folder, str(os.getpid()), tracking_uri=tracking_uri, log=log, stdin=subprocess.PIPE
+                )
+        except OSError as error:
+            # No memory, no process left: training goes on, and the spool has everything.
+            print(f"warning: nothing follows {folder / SPOOL_FILE}: {error}", file=sys.stderr, flush=True)
+            return None
+
+    return Follower(start)
 
 
 class Follower:
-    """A running follower process, as its parent sees it."""
+    """A follower process, as its parent sees it.
 
-    def __init__(self, process: "subprocess.Popen[bytes] | None"):
-        self._process = process
+    Args:
+        start: Starts the process; None where it could not.
+    """
+
+    def __init__(self, start: "Callable[[], subprocess.Popen[bytes] | None]"):
+        self._start = start
+        self._process = start()
+        self._stopped = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
 
     @property
     def pid(self) -> int | None:
         """The process's id; None where it could not be started."""
         return self._process.pid if self._process else None
+
+    def _watch(self) -> None:
+        """Starts the process again where it was killed. One that ended by itself would do so again."""
+        pause_s = FIRST_PAUSE_S
+        while self._process and self._process.wait() < 0 and not self._stopped.wait(pause_s):
+            _hang_up(self._process)
+            self._process = self._start()
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def stop(self, timeout_s: float) -> bool:
         """Asks the follower to send the rest and to end; one that takes longer is killed.
@@ -321,18 +352,37 @@ class Follower:
         Returns:
             Whether MLflow has everything. If not, ``pipelines.sync`` sends what is left.
         """
-        if self._process is None:
-            return False
-        assert self._process.stdin is not None
+        deadline = time.monotonic() + timeout_s
+        self._stopped.set()
+        code = self._ask_to_end(timeout_s)
+        if code < 0 and self._process:
+            # Killed a moment ago: another one sends the rest, which the watcher may be starting now.
+            self._watcher.join()
+            if self._process and self._process.poll() is not None:
+                self._process = self._start()
+            code = self._ask_to_end(deadline - time.monotonic())
+        return code == 0
+
+    def _ask_to_end(self, timeout_s: float) -> int:
+        """The follower's code; 1 where it was killed, as it took longer, or is not there."""
+        process, timeout_s = self._process, max(0.0, timeout_s)
+        if process is None:
+            return 1
+        assert process.stdin is not None
         with contextlib.suppress(OSError):
-            self._process.stdin.write(f"stop {timeout_s}\n".encode())
-            self._process.stdin.flush()
+            process.stdin.write(f"stop {timeout_s}\n".encode())
+            process.stdin.flush()
         try:
-            return self._process.wait(timeout_s) == 0
+            return process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            return False
+            process.kill()
+            process.wait()
+            return 1
         finally:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
+            _hang_up(process)
+
+
+def _hang_up(process: "subprocess.Popen[bytes]") -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()

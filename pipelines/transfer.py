@@ -29,7 +29,7 @@ from pipelines.cli import parse_with_file
 from pipelines.config import Config
 from pipelines.console import Printer, make_console
 from pipelines.data.shards import Manifest, load_index, load_manifest
-from pipelines.errors import UserError, run_command
+from pipelines.errors import USAGE_ERROR, UserError, run_command
 from pipelines.plots import Point, draw_scores
 from pipelines.ray_session import connect
 from pipelines.runs import final_step
@@ -288,7 +288,7 @@ def _run(
             Spool(folder.path).status("FAILED")
             send(folder.path, timeout_s=10.0)
             folder.push()
-        if failure and failure[1]:
+        if failure and failure[1] == USAGE_ERROR:
             raise UserError(failure[0])
         raise TransferFailedError(failure[0] if failure else error)
 

@@ -6,14 +6,20 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.records import Server
 
 # Set before anything imports Ray: no token file, no telemetry, nothing joined by accident.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# How often Ray Train looks whether workers have ended; by default every 2 s, for which each run would wait.
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
@@ -75,6 +81,27 @@ def cluster(ray_local: None) -> Iterator[dict[str, str]]:
 
     with head() as environment:
         yield environment
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
+    """An MLflow server for the whole test session."""
+    from tests.records import Server
+
+    server = Server(tmp_path_factory.mktemp("server"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def not_nice() -> Iterator[None]:
+    """Ray's workers compete on equal terms with what else this machine does; at Ray's niceness of 15 they starve."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        yield
 
 
 @pytest.fixture

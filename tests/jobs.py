@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.nodes import free_ports, wait_until
+from cluster.processes import free_ports, wait_until
 
 ROOT = Path(__file__).parents[1]
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -26,6 +26,7 @@ def head() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_JOB")}
         assert environment["RAY_AUTH_MODE"] == "token"
+        environment |= {"RAY_worker_maximum_startup_concurrency": "16", "RAY_metrics_report_interval_ms": "1000"}
         command = [
             *_RAY, "start", "--head", "--block", "--num-cpus", "3",
             "--port", str(gcs), "--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1",
@@ -53,30 +54,31 @@ def left_behind(folder: str) -> list[list[str]]:
     return found
 
 
-def submit(environment: dict[str, str], command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Submits a Python script of this repository with its arguments, and waits for its end.
+def submit(
+    environment: dict[str, str], command: list[str], *, options: tuple[str, ...] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Submits a Python script of this repository with its arguments, and waits for its end unless told not to.
 
     Args:
         environment: That of the head.
         command: The script's path in the repository, then its arguments.
+        options: More flags of ``ray job submit``.
         variables: What the job finds in its environment.
     """
-    submitted = [
-        *_RAY,
-        "job",
-        "submit",
-        "--working-dir",
-        ".",
-        "--runtime-env-json",
-        json.dumps({"env_vars": variables}),
-    ]
-    submitted += ["--", sys.executable, *command]
+    submitted = ["submit", "--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": variables}), *options]
     done = None
     for _ in range(30):
-        done = subprocess.run(submitted, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+        done = job(environment, *submitted, "--", sys.executable, *command)
         # The head's agent that takes jobs comes up some seconds after the head.
         if "No available agent" not in done.stdout + done.stderr:
             break
         time.sleep(2)
     assert done is not None
     return done
+
+
+def job(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    """Asks ``ray job``."""
+    return subprocess.run(
+        [*_RAY, "job", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )

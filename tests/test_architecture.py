@@ -91,3 +91,11 @@ def test_a_room_on_ray_sets_what_ray_reads_before_it_is_imported(room):
     command = [sys.executable, "-c", told.format(room)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+def test_what_does_not_compute_does_not_wait_for_pytorch():
+    # It takes seconds to import, in each process: a command's, a task's, that of an execution's coordinator.
+    modules = "compare, pipelines.make_shards, pipelines.check_shards, pipelines.sync, pipelines.data.source"
+    told = f"import sys, pipelines.{modules}; print(*sys.modules.keys() & {{'torch', 'timm', 'mlflow'}})"
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -272,6 +272,6 @@ class _Run:
             write_record(folder.path, told.model_copy(update={"tags": tags}), tracking_uri=study.tracking_uri)
             folder.push()
             options = {"judged": True, "followed": study.followed, "here": study.here}
-            pretrain(config, study.images, folder, self._console, **options)
+            pretrain(config, study.images, self._console, **options)
         except BaseException as error:
             self._error = error

@@ -10,7 +10,6 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image
-from webdataset.writer import TarWriter
 
 from mae_core.images import ImageError, decode
 from mae_core.mask_images import check_mask_size, decode_mask, num_mask_classes
@@ -137,6 +136,9 @@ class _ShardFile:
     """A shard that is being written, and the index that grows with it."""
 
     def __init__(self, shard: ShardPlan, file: BinaryIO):
+        # Not at the top: it imports PyTorch, for which a mistyped flag should not wait.
+        from webdataset.writer import TarWriter
+
         self._shard = shard
         self._file = _HashingFile(file)
         # Fixed times and owners, or the same images would give other bytes tomorrow.

@@ -5,11 +5,11 @@
 that all files agree with, it is not a checkpoint. Nothing in it is unpickled.
 """
 
+import functools
 import hashlib
 import json
 import re
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -18,7 +18,8 @@ from torch import nn
 
 from mae_core import weights
 from mae_core.model import MaskedAutoencoder
-from pipelines.storage import Store
+from pipelines.storage import Content, Store
+from pipelines.training import snapshot
 
 _STEP = re.compile(r"step-(\d{8})")
 
@@ -54,6 +55,9 @@ def fault(checkpoint: Store) -> str | None:
             return f"{name} has {len(data)} bytes instead of {size}"
         if hashlib.sha256(data).hexdigest() != digest:
             return f"{name} does not match its checksum"
+        # Checksums say who wrote it last, not that it is harmless: a pickle has some, too.
+        if name.endswith(".safetensors") and (reason := snapshot.file_fault(data)):
+            return f"{name} {reason}"
     return None
 
 
@@ -71,11 +75,12 @@ def _names(model: nn.Module) -> dict[torch.Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
 
 
-def snapshot(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """Copies a model's and its optimiser's state to the CPU, under the parameters' names."""
-    # clone, since on a CPU there is nothing to copy and training would go on in the same memory
-    model_state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.official_state(model).items()}
-    return {"model.safetensors": model_state, "optimizer.safetensors": optimizer_state(model, optimizer)}
+def tensors_of(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """A model's and its optimiser's state by the files of a checkpoint, sharing memory with them."""
+    return {
+        "model.safetensors": weights.official_state(model),
+        "optimizer.safetensors": optimizer_state(model, optimizer),
+    }
 
 
 def num_bytes(model: MaskedAutoencoder) -> int:
@@ -86,10 +91,10 @@ def num_bytes(model: MaskedAutoencoder) -> int:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Copies an optimiser's state to the CPU, under ``<kind>/<parameter's name>``."""
+    """An optimiser's state under ``<kind>/<parameter's name>``, sharing memory with it."""
     names = _names(model)
     return {
-        f"{key}/{names[parameter]}": torch.as_tensor(value).detach().to("cpu", copy=True)
+        f"{key}/{names[parameter]}": torch.as_tensor(value).detach()
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
@@ -98,31 +103,50 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 def write(
     checkpoints: Store,
     step: int,
-    tensors: dict[str, dict[str, torch.Tensor]],
-    metadata: dict[str, str],
-    state: dict[str, Any],
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    metadata: Mapping[str, str],
+    state: Mapping[str, Any],
+    guard: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes a checkpoint, the manifest last.
+    """Writes a checkpoint, the manifest last; each file is hashed as it goes, and copied nowhere.
 
     Args:
         checkpoints: The run's ``checkpoints`` folder.
         step: Steps done.
-        tensors: From ``snapshot``.
+        tensors: From ``tensors_of``, or copies.
         metadata: What the safetensors files say beside the tensors.
         state: Goes into ``state.json``.
+        guard: Called before anything is written and again before the manifest is; raises where this must not go on.
+
+    Raises:
+        OSError, ReadError: It could not be written.
     """
+    guard()
     store = checkpoints.child(folder_name(step))
     store.delete()
-    manifest: dict[str, Any] = {"step": step, "files": {}}
-
-    def put(name: str, data: bytes) -> None:
-        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        store.write(name, data)
-
+    files: dict[str, Any] = {}
     for name, values in tensors.items():
-        put(name, safetensors.torch.save({key: value.contiguous() for key, value in values.items()}, metadata))
-    put("state.json", json.dumps(state, indent=2).encode())
-    store.write("manifest.json", json.dumps(manifest, indent=2))
+        files[name] = _put(store, name, functools.partial(snapshot.file_bytes, values, metadata))
+    text = json.dumps(state, indent=2).encode()
+    files["state.json"] = _put(store, "state.json", lambda: [text])
+    guard()
+    store.write("manifest.json", json.dumps({"step": step, "files": files}, indent=2))
+
+
+def _put(store: Store, name: str, content: Content) -> dict[str, Any]:
+    """Writes one file; returns what the manifest says of it."""
+    entry: dict[str, Any] = {}
+
+    def hashed() -> Iterator[bytes | memoryview]:
+        size, digest = 0, hashlib.sha256()
+        for chunk in content():
+            size += len(chunk)
+            digest.update(chunk)
+            yield chunk
+        entry.update(bytes=size, sha256=digest.hexdigest())
+
+    store.write_content(name, hashed)
+    return entry
 
 
 def prune(checkpoints: Store, keep: int, newest: int) -> None:
@@ -176,55 +200,3 @@ def load_optimizer(store: Store, model: nn.Module, optimizer: torch.optim.Optimi
                 key: value.to(parameter.device) if key != "step" or fused_on_gpu else value
                 for key, value in found.get(names[parameter], {}).items()
             }
-
-
-class Writer:
-    """Writes checkpoints from a thread, one at a time, while training goes on.
-
-    Args:
-        checkpoints: The run's ``checkpoints`` folder.
-        keep: How many are kept.
-        after: Called in the thread after each checkpoint has been written.
-    """
-
-    def __init__(self, checkpoints: Store, keep: int, after: Callable[[], None]):
-        self._checkpoints = checkpoints
-        self._keep = keep
-        self._after = after
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def save(
-        self, step: int, model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-    ) -> None:
-        """Copies the state and begins to write it; waits first where the last one is still being written.
-
-        Raises:
-            OSError: The last checkpoint could not be written.
-        """
-        self.wait()
-        tensors = snapshot(model, optimizer)
-        parts = (step, tensors, weights.file_metadata(model), state)
-        self._thread = threading.Thread(target=self._run, args=parts, daemon=True)
-        self._thread.start()
-
-    def _run(self, step: int, *parts: Any) -> None:
-        try:
-            write(self._checkpoints, step, *parts)
-            prune(self._checkpoints, self._keep, step)
-            self._after()
-        except BaseException as error:  # raised where the next checkpoint is asked for
-            self._error = error
-
-    def wait(self) -> None:
-        """Waits for the checkpoint that is being written.
-
-        Raises:
-            OSError: It could not be written.
-        """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error

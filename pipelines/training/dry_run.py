@@ -57,7 +57,8 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _random_batch(config: Config, rows: int) -> MicroBatch:
+def random_batch(config: Config, rows: int) -> MicroBatch:
+    """A micro-batch of random pixels, as large as a run's."""
     shape = (rows, *config.data.image_size, config.data.channels)
     images_BHWC = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     sample_B, zeros_B = np.arange(rows), np.zeros(rows, np.int64)
@@ -105,7 +106,7 @@ def _timed_steps(
     optimizer = make_optimizer(model, config.optim.weight_decay, config.optim.betas)
     module: nn.Module = torch.compile(model) if config.train.compile else model  # type: ignore[assignment]
     trainer = make_trainer(config, module, model.masking, optimizer, cut, device)
-    batches = itertools.repeat(_random_batch(config, cut.rows))
+    batches = itertools.repeat(random_batch(config, cut.rows))
 
     def timed(turns: int) -> tuple[float, float]:
         trainer.cut = Cut(turns * cut.rows, cut.rows, 1)

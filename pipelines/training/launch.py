@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import ray
 import ray.train
@@ -96,13 +96,16 @@ def run_here(worker: Callable[[], None], scale: Scale) -> None:
                 raise ray.train.WorkerGroupError(f"{type(error).__name__}: {error}", {0: error}) from error
 
 
-def run_workers(worker: Callable[[], None], scale: Scale, store: Store) -> None:
+def run_workers(
+    worker: Callable[[], None], scale: Scale, store: Store, callbacks: Sequence[ray.train.UserCallback] = ()
+) -> None:
     """Runs the workers until the run has ended; lost ones are replaced.
 
     Args:
         worker: What each does; pickled by value.
         scale: How many, and on what.
         store: The run's folder.
+        callbacks: Told of what happens to the workers.
 
     Raises:
         ray.train.TrainingFailedError: It failed for good.
@@ -110,6 +113,9 @@ def run_workers(worker: Callable[[], None], scale: Scale, store: Store) -> None:
     # Where a node has just been lost, Ray Train asks for a place there until it has heard of the loss. It asks anew
     # each time that this has passed: 60 s by default.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    # A worker that does not answer for so long is taken for dead: 600 s by default. Its process answers from another
+    # thread than the one that compiles, trains and copies a checkpoint; what keeps Python's lock for long is rare.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "40")
     resources = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpu else {})}
     ray.train.torch.TorchTrainer(
         worker,
@@ -124,6 +130,7 @@ def run_workers(worker: Callable[[], None], scale: Scale, store: Store) -> None:
         run_config=ray.train.RunConfig(
             name="ray-train",
             storage_path=store.location,
+            callbacks=list(callbacks),
             failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),

@@ -3,11 +3,9 @@
 import errno
 import json
 import os
-import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import ray
 import ray.train
@@ -18,55 +16,35 @@ from ray.train.collective import broadcast_from_rank_zero
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.optim import lr_at, make_optimizer, peak_lr
-from pipelines.config import Config, identity, identity_hash, total_steps
+from pipelines.config import identity, identity_hash, total_steps
 from pipelines.data.feed import Feed, join_crew
-from pipelines.data.readers import MicroBatch, View
-from pipelines.data.shards import Manifest
-from pipelines.errors import UserError
-from pipelines.spool import Spool
+from pipelines.data.readers import MicroBatch
+from pipelines.errors import DIVERGED, FAILED, USAGE_ERROR, UserError
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
-from pipelines.training import checkpoint
+from pipelines.training import checkpoint, nonfinite
 from pipelines.training.build import build_model, fit_target, initial_weights, make_stream, make_trainer
-from pipelines.training.pictures import save_reconstructions
+from pipelines.training.evaluation import Evaluation
+from pipelines.training.exporting import ExportedSpool
+from pipelines.training.guard import BAD_STEPS_IN_A_ROW, Guard
+from pipelines.training.job import GoBackError, Job
 from pipelines.training.probing import Prober
+from pipelines.training.progress import Progress
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import Trainer, autocast, train_step
-from pipelines.training.unreadable import Unreadable, over_ranks, told
+from pipelines.training.unreadable import Unreadable
+from pipelines.training.writer import Writer
 
 # A disk that is full or closed stays so: starting again is of no use.
 _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 class DivergedError(RuntimeError):
-    """The loss has not been finite for many steps."""
+    """The loss is not finite, and was not when the same steps were done before."""
 
 
+End = Literal["FINISHED", "JUDGED", "STOPPED"]
 MOST_IN_ONE_EXECUTION = 16  # workers; see docs/data.md for how many blocks a second one coordinator deals
-BAD_STEPS_IN_A_ROW = 10  # after so many steps without a finite loss nothing will come back
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker.
-
-    Args:
-        config: The resolved configuration, every path absolute.
-        train: The images to pretrain on.
-        probe_train: Labelled images for the probes, or None.
-        probe_test: Labelled images that are read once, or None.
-        console: Actor that takes lines for the driver's terminal.
-        judged: Whether the run waits at each of its probes until it is told at the console to go on, or to end there.
-        followed: Whether somebody else sends the record to MLflow while the run lasts.
-    """
-
-    config: Config
-    train: Manifest
-    probe_train: Manifest | None
-    probe_test: Manifest | None
-    console: Any
-    judged: bool = False
-    followed: bool = False
 
 
 def train_worker(job: Job) -> None:
@@ -75,25 +53,31 @@ def train_worker(job: Job) -> None:
     Ray Train starts all workers again when one is lost. What would fail the same way again is told to the console,
     and the next start ends at once, so that the driver can say it.
     """
-    if ray.get(job.console.failure.remote()):
+    if ray.get(job.console.failure.remote()) or ray.get(job.console.is_stopped.remote()):
         return
     run = None
     try:
         run = _Worker(job)
         start = run.resume()
-        if run.train(start):
+        end = run.train(start)
+        if end == "FINISHED":
             run.finish()
-        else:
+        elif end == "JUDGED":
             run.give_up()
-    except UserError as error:
-        ray.get(job.console.fail.remote(str(error), True))
+    except DivergedError as error:
+        ray.get(job.console.fail.remote(str(error), DIVERGED))
         raise
-    except (ValueError, TypeError, LookupError, AssertionError, DivergedError) as error:
-        ray.get(job.console.fail.remote(f"{type(error).__name__}: {error}", False))
+    except UserError as error:
+        ray.get(job.console.fail.remote(str(error), USAGE_ERROR))
+        raise
+    except (ValueError, TypeError, LookupError, AssertionError) as error:
+        ray.get(job.console.fail.remote(f"{type(error).__name__}: {error}", FAILED))
         raise
     except OSError as error:
         if error.errno in _NOT_WRITABLE:
-            ray.get(job.console.fail.remote(f"{error.strerror}: {error.filename or job.config.run.storage}", True))
+            ray.get(
+                job.console.fail.remote(f"{error.strerror}: {error.filename or job.config.run.storage}", USAGE_ERROR)
+            )
         raise
     finally:
         if run is not None:
@@ -125,15 +109,25 @@ class _Worker:
         self.stream = make_stream(config, job.train, self.world_size, self.crew.groups)
         self.store = Store(config.run.storage).child(config.run.name)
         self.folder = RunFolder(self.store) if self.rank == 0 else None
-        self.spool = Spool(self.folder.path) if self.folder else None
+        self.spool = ExportedSpool(self.folder.path, config.run.name) if self.folder else None
         if self.spool:
             self.spool.status("RUNNING")
         self.follower = start_follower(self.folder.path) if self.folder and not job.followed else None
+        self.guard = Guard(self.rank, job.console, self.device)
         self.unreadable = Unreadable(self.folder, self.device)
-        self.prober = Prober(config, self.crew, self.device, self.autocast)
         self.model = build_model(config).to(self.device)
+        self.progress = Progress(
+            config, self.steps, job.train.num_samples, self.unreadable, self.device, self.spool, self.say
+        )
+        prober = Prober(config, self.crew, self.device, self.autocast)
+        self.evaluation = Evaluation(
+            job, self.steps, self.model, prober, self.unreadable, self.spool, self.folder, self.say
+        )
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
-        self.writer = checkpoint.Writer(self.store.child("checkpoints"), config.checkpoint.keep, self._push)
+        # A checkpoint without the points before it would lose them: nobody does these steps again.
+        self.writer = Writer(
+            self.store.child("checkpoints"), config.checkpoint.keep, self._push, guard=self.progress.flush
+        )
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
@@ -182,11 +176,14 @@ class _Worker:
 
     # ---- the steps
 
-    def train(self, start: int) -> bool:
+    def train(self, start: int) -> End:
         """All steps from ``start``, with what stands around them.
 
         Returns:
-            Whether they were done; False where the run was told to end at a probe.
+            FINISHED: they were done; JUDGED: the run was told to end at a probe; STOPPED: it was asked to stop.
+
+        Raises:
+            GoBackError: The workers are to begin again at the last checkpoint.
         """
         config = self.config
         per_epoch = self.job.train.num_samples / config.batch.global_size
@@ -200,7 +197,7 @@ class _Worker:
         # One that falls just before the last would tell nothing new.
         probes = [p for p in range(probe_every, self.steps, probe_every) if start < p < self.steps - probe_every // 2]
         # Probes that read nothing leave the reading of the training data alone.
-        held = bool(probes) and self.prober.hold(*self.prober.looked_at(self.job.probe_train, self.job.train))
+        held = bool(probes) and self.evaluation.hold()
         ends = [*([] if held else probes), self.steps]
         stretches: dict[int, int] = dict(zip([start, *ends[:-1]], ends, strict=True))
         trainer = self._trainer()
@@ -210,27 +207,94 @@ class _Worker:
             self.reading = self.feed((start, stretches[start]))
         batches = self._audited(self._read_on())
         window: list[torch.Tensor] = []
-        self.window_start = self.last_save = time.perf_counter()
+        save_due = False
+        self.last_save = time.perf_counter()
+        self.progress.begin()
         for step in range(start, self.steps):
             lr = lr_at(step, **schedule)
-            window.append(train_step(trainer, batches, lr))
+            window.append(train_step(trainer, batches, lr, self.guard.wish()))
+            self.guard.heed(step, window[-1])
             done = step + 1
+            leaving = self.guard.node_goes()
+            stops = done < self.steps and (self.guard.stop or bool(leaving))
             save_now = done == self.steps or (save_every and done % save_every == 0)
-            save_now = save_now or (self.job.judged and done in probes)
+            save_now = save_now or stops or (self.job.judged and done in probes)
             if log_now := save_now or done % config.log.every == 0:
-                self._log(done, lr, torch.stack(window), trainer)
+                self.guard.catch_up()
+                window_S4 = torch.stack(window)
                 window = []
-            goes_on = done not in probes or self.probe(done, None if held else (done, stretches[done]))
-            # Only where everything has been told: a run that continues from here leaves out nothing.
-            if save_now or (log_now and time.perf_counter() - self.last_save >= 60 * config.checkpoint.every_minutes):
+                guard_s, self.guard.seconds = self.guard.seconds, 0.0
+                hold = bool(self.guard.row) and done < self.steps
+                self.progress.tell(done, lr, window_S4, trainer, guard_s=guard_s, hold=hold)
+            if len(self.guard.row) >= BAD_STEPS_IN_A_ROW:
+                self._go_back()
+            if stops:
+                self._tell_stop(done, leaving)
+            goes_on = stops or done not in probes or self.probe(done, None if held else (done, stretches[done]))
+            save_due = save_due or save_now
+            minutes = (time.perf_counter() - self.last_save) / 60
+            # Only where everything has been told: a run that continues from here leaves out nothing. And never in a row
+            # of bad steps: the newest checkpoint is from before it.
+            may_save = log_now and (not self.guard.row or done == self.steps)
+            if may_save and (save_due or minutes >= config.checkpoint.every_minutes):
                 self._save(done)
-            if not goes_on:
+                save_due = False
+            if stops or not goes_on:
                 assert self.reading is not None
                 self.reading.close()
-                return False
+                return self._leave(done, leaving) if stops else "JUDGED"
         if next(batches, None) is not None:
             raise RuntimeError("the data holds more than the run's steps")
-        return True
+        return "FINISHED"
+
+    def _tell_stop(self, done: int, node: str) -> None:
+        """Says that the steps end here, first of all: whoever stops the run may not wait for its checkpoint."""
+        if self.spool:
+            if not node:
+                self.spool.status("KILLED")
+                self.job.console.stops_at.remote(done)
+            self.say(f"step {done} of {self.steps}: {node or 'asked to stop'}")
+
+    def _leave(self, done: int, node: str) -> End:
+        """Ends the steps after an agreed one, when its checkpoint is whole; all ranks call it.
+
+        Raises:
+            GoBackError: Because of a node.
+        """
+        self.writer.wait()
+        # A rank that ended before would have the others ended too.
+        broadcast_from_rank_zero(True)
+        if node:
+            raise GoBackError(f"{node}: going on elsewhere from step {done}")
+        return "STOPPED"
+
+    def _go_back(self) -> None:
+        """Writes down a row of bad steps, and begins again at the last checkpoint; all ranks call it.
+
+        Raises:
+            GoBackError: The first time.
+            DivergedError: It has gone bad in the same place before.
+        """
+        row, again = self.guard.row, False
+        self.writer.wait()
+        if self.folder and self.spool:
+            checkpoints = self.store.child("checkpoints")
+            again = nonfinite.note(
+                row, folder=self.folder, spool=self.spool, checkpoints=checkpoints, job=self.job, plan=self.stream.plan
+            )
+            if again:
+                self.progress.let_go()
+                self.progress.flush()
+        again = broadcast_from_rank_zero(again)
+        where = f"the loss or a gradient was not finite in the steps {row[0]} to {row[-1]}"
+        listed = self.store.path(nonfinite.FILE)
+        if again:
+            raise DivergedError(
+                f"{where}, as it was before from the same checkpoint on, so the machine is not at fault: lower "
+                f"optim.base_lr, or look for strange values in the images listed in {listed}"
+            )
+        self.say(f"{where}: going back to the last checkpoint (their samples are listed in {listed})")
+        raise GoBackError(where)
 
     def _read_on(self) -> Iterator[MicroBatch]:
         """The training data of one stretch after the other."""
@@ -252,8 +316,8 @@ class _Worker:
         if not self.config.log.ids:
             yield from batches
             return
-        assert self.store.is_local, "checked by the driver"
-        path = self.store.local("ids") / f"rank-{self.rank:04d}-of-{self.world_size:04d}.jsonl"
+        ids = Store(self.config.log.ids_folder) if self.config.log.ids_folder else self.store.child("ids")
+        path = ids.local(f"rank-{self.rank:04d}-of-{self.world_size:04d}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Tells one attempt from the next, on all ranks alike: only in another one may a micro-batch come again.
         began = broadcast_from_rank_zero(time.time())
@@ -264,52 +328,6 @@ class _Worker:
                 file.write(json.dumps({"began": began, "step": step, "index": batch.index, "ids": ids}) + "\n")
                 yield batch
 
-    def _log(self, done: int, lr: float, window_S3: torch.Tensor, trainer: Trainer) -> None:
-        """One progress line and one point of the record, over the steps since the last."""
-        elapsed = time.perf_counter() - self.window_start
-        fresh, trainer.skipped = trainer.skipped, []
-        self.unreadable.counts += self.unreadable.collect(fresh, done)
-        unreadable = self.unreadable.counts
-        # A step that was skipped has no loss worth a mean, and says so by its own count.
-        good_S3 = window_S3[window_S3[:, 2] == 0]
-        loss, grad_norm = (good_S3.mean(dim=0) if len(good_S3) else window_S3[-1]).tolist()[:2]
-        bad = int(window_S3[:, 2].sum())
-        steps = len(window_S3)
-        wait = over_ranks(trainer.wait_s, self.device, dist.ReduceOp.MAX)
-        trainer.wait_s = 0.0
-        self.bad_in_a_row = (self.bad_in_a_row + steps) if bad == steps else 0
-        images_per_s = steps * self.config.batch.global_size / elapsed
-        if self.spool:
-            left = (self.steps - done) * elapsed / steps
-            self.spool.metrics(
-                done,
-                {
-                    "train/loss": loss,
-                    "train/lr": lr,
-                    "train/grad_norm": grad_norm,
-                    "train/nonfinite_steps": float(bad),
-                    "perf/images_per_s": images_per_s,
-                    "perf/peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                    "data/wait_s": wait / steps,
-                    "data/skipped": float(unreadable.total()),
-                    "epoch": done * self.config.batch.global_size / self.job.train.num_samples,
-                    "samples_seen": float(done * self.config.batch.global_size),
-                },
-            )
-            notes = (f"  not finite {bad}" if bad else "") + (f"  unreadable: {told(unreadable)}" if unreadable else "")
-            self.say(
-                f"step {done:>{len(str(self.steps))}} of {self.steps}  loss {loss:.4f}  lr {lr:.2e}  "
-                f"{images_per_s:,.0f} images/s  waiting {100 * wait / elapsed:.0f} %  left {_clock(left)}{notes}"
-            )
-        if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
-            raise DivergedError(
-                f"the loss was not finite in the last {self.bad_in_a_row} steps before step {done}: lower "
-                "optim.base_lr, or look for images with strange values"
-            )
-        self.window_start = time.perf_counter()
-
-    bad_in_a_row = 0
-    window_start = 0.0
     last_save = 0.0
     reading: Feed | None = None
 
@@ -336,7 +354,7 @@ class _Worker:
             self.folder.push()
 
     def probe(self, done: int, then: tuple[int, int] | None) -> bool:
-        """Scores the features on held-out training labels and draws reconstructions.
+        """Scores the features, and draws.
 
         Args:
             done: Steps done.
@@ -348,72 +366,27 @@ class _Worker:
             Whether the run goes on.
         """
         start = time.perf_counter()
-        self.model.eval()
 
         def read_on() -> None:
             if then:
                 self.reading = self.feed(then)
 
-        scores = self.prober.validate(self.model, self.job.probe_train, self.job.train, read_on)
-        self.model.train()
-        self._tell_left_out(done)
-        if self.spool and self.folder:
-            self.spool.metrics(done, scores)
-            self.say(f"step {done} of {self.steps}  {_told(scores)}  ({time.perf_counter() - start:.0f} s)")
-        self._draw(done)
-        goes_on = not done or self._verdict(done, scores)
-        self.window_start += time.perf_counter() - start
+        goes_on = self.evaluation.on_the_way(done, read_on)
+        self.progress.leave_out(time.perf_counter() - start)
         return goes_on
 
-    def _verdict(self, done: int, scores: dict[str, float]) -> bool:
-        """What whoever judges the run says to a probe's scores; the same on all workers."""
-        if not self.job.judged:
-            return True
-        goes_on = False
-        if self.rank == 0:
-            ray.get(self.job.console.score.remote(done, scores))
-            while (verdict := ray.get(self.job.console.verdict.remote(done))) is None:
-                time.sleep(0.05)
-            goes_on = verdict
-        return bool(broadcast_from_rank_zero(goes_on))
-
-    def _tell_left_out(self, done: int) -> None:
-        skipped, self.prober.skipped = self.prober.skipped, []
-        if found := self.unreadable.collect(skipped, done):
-            self.say(f"left out of the probe, because they could not be read: {told(found)}")
-
-    def _draw(self, done: int) -> None:
-        if self.spool and self.folder and self.config.log.pictures:
-            file = f"pictures/reconstruction-{done:08d}.png"
-            view = View(self.config.data.image_size, self.config.data.channels, crop_share=self.config.probe.crop_share)
-            # Not of the test data, which is read once, at the end.
-            images = self.job.probe_train or self.job.train
-            if save_reconstructions(self.model, self.config, images, view, self.folder.path / file):
-                self.spool.image(done, "reconstruction", file)
-
     def finish(self) -> None:
-        """The last probes, on the test data where there are some; then the result is written."""
+        """The last probes; then the result is written."""
         self.writer.wait()
-        self.model.eval()
-        job = self.job
-        if job.probe_train and job.probe_test:
-            models = {"test/": self.model}
-            if self.config.probe.random_baseline:
-                models["test/random_"] = build_model(self.config).to(self.device).eval()
-            scores = self.prober.test(models, job.probe_train, job.probe_test)
-        else:
-            scores = self.prober.validate(self.model, job.probe_train, job.train, last=True)
-        self._tell_left_out(self.steps)
-        self._draw(self.steps)
+        self.progress.flush()
+        scores = self.evaluation.at_the_end()
         if self.spool and self.folder:
-            self.spool.metrics(self.steps, scores)
-            if self.job.judged:
-                ray.get(self.job.console.score.remote(self.steps, scores))
             result = {
                 "step": self.steps,
-                "identity": identity_hash(identity(self.config, job.train.digest)),
+                "identity": identity_hash(identity(self.config, self.job.train.digest)),
                 "scores": scores,
                 "skipped": dict(self.unreadable.counts),
+                "tracking_s": self.progress.tracking(),
             }
             self.folder.write("result.json", json.dumps(result, indent=2))
             for name in ("config.json", "result.json", "skipped.jsonl"):
@@ -421,31 +394,20 @@ class _Worker:
                     self.spool.artifact(name)
             self.spool.status("FINISHED")
             self.folder.push()
+            ray.get(self.job.console.finish.remote())
 
     def give_up(self) -> None:
-        """Ends the run where it stands; the same name continues it."""
+        """Ends the run where a probe's verdict ends it; the same name continues it."""
         self.writer.wait()
+        self.progress.flush()
         if self.spool:
             self.spool.status("FINISHED")
             self._push()
 
     def close(self) -> None:
         """Ends what runs beside the loop."""
-        if self.follower:
-            self.follower.stop(timeout_s=20.0)
+        if self.follower and not self.follower.stop(timeout_s=20.0) and not self.store.is_local:
+            # Where the folder is here, the driver tries once more, and says it.
+            self.say(f"warning: MLflow lacks some of the record, which is whole in {self.store.location}")
         if self.folder:
             self.folder.push()
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-def _told(scores: dict[str, float]) -> str:
-    """Scores in words: percentages with a unit, others as they are."""
-    return "  ".join(
-        f"{name.split('/')[-1].replace('_', ' ')} {value:.2f}{' %' if 'top1' in name else ''}"
-        for name, value in scores.items()
-    )

@@ -67,7 +67,7 @@ class Trainer:
         return normalize(images_BHWC, self.mean_C, self.std_C), self.masking.noise(keys_B), weight_B
 
 
-def train_step(trainer: Trainer, batches: Iterator[MicroBatch], lr: float) -> torch.Tensor:
+def train_step(trainer: Trainer, batches: Iterator[MicroBatch], lr: float, wish: int = 0) -> torch.Tensor:
     """One step over the global batch; skipped by all workers where the loss or a gradient is not finite.
 
     Every sample weighs 1 over the global batch, whoever computes it: each worker divides its sum of losses by
@@ -77,9 +77,10 @@ def train_step(trainer: Trainer, batches: Iterator[MicroBatch], lr: float) -> to
         trainer: Model, optimiser, and how the batch is cut.
         batches: This worker's micro-batches.
         lr: The step's learning rate.
+        wish: A small number that is summed over all workers.
 
     Returns:
-        float32 [3] on the device, the same on every worker: loss, gradient norm, 1 where the step was skipped.
+        float32 [4] on the device, the same on every worker: loss, gradient norm, 1 where the step was skipped, wishes.
     """
     cut, model, optimizer = trainer.cut, trainer.model, trainer.optimizer
     set_lr(optimizer, lr)
@@ -95,11 +96,13 @@ def train_step(trainer: Trainer, batches: Iterator[MicroBatch], lr: float) -> to
                 out = model(images_BCHW, noise_BN, weight_B=weight_B, denominator=cut.global_size / cut.world_size)
             out["loss"].backward()
         loss += out["loss"].detach() / cut.world_size
+    sums_2 = torch.stack([loss, torch.full_like(loss, wish)])
     if cut.world_size > 1:
-        dist.all_reduce(loss)
+        dist.all_reduce(sums_2)
+    loss, wishes = sums_2
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     # Both numbers are the same on all workers, so all decide alike, and nobody asks the host.
     bad = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
     optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW leaves its state alone where it is 1
     optimizer.step()
-    return torch.stack([loss, grad_norm, bad])
+    return torch.stack([loss, grad_norm, bad, wishes])

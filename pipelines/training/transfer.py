@@ -2,7 +2,7 @@
 
 import ray
 
-from pipelines.errors import UserError
+from pipelines.errors import FAILED, USAGE_ERROR, UserError
 from pipelines.training.classification import Classification
 from pipelines.training.segmentation import Segmentation
 from pipelines.training.transfer_cached import score_cached
@@ -24,10 +24,10 @@ def transfer_worker(job: TransferJob) -> None:
             task = Segmentation(worker) if worker.transfer.protocol == "segment" else Classification(worker)
             Learning(worker, task).learn()
     except UserError as error:
-        ray.get(job.console.fail.remote(str(error), True))
+        ray.get(job.console.fail.remote(str(error), USAGE_ERROR))
         raise
     except (ValueError, TypeError, LookupError, AssertionError) as error:
-        ray.get(job.console.fail.remote(f"{type(error).__name__}: {error}", False))
+        ray.get(job.console.fail.remote(f"{type(error).__name__}: {error}", FAILED))
         raise
     finally:
         if worker is not None:

@@ -1,17 +1,14 @@
-"""The recovery benchmark's counting, its cluster, and what it says to wrong input."""
+"""The recovery benchmark's counting, and what it says to wrong input."""
 
-import contextlib
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from benchmarks.audit import delivery, points
-from benchmarks.nodes import cluster, wait_until
 from pipelines.data.plan import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -79,27 +76,6 @@ def test_a_line_in_the_middle_of_being_written_is_left_out(tmp_path):
     whole = {"step": 1, "time": 2.0, "metrics": {"train/loss": 0.5, "train/grad_norm": 0.1}}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(whole) + "\n" + json.dumps(whole | {"step": 2})[:-5])
     assert sorted(points(tmp_path)) == [1]
-
-
-@pytest.mark.timeout(300)
-def test_a_lost_node_leaves_nothing_and_the_rest_goes_on():
-    with cluster(0) as nodes:
-        kept, lost = nodes.add(1), nodes.add(1)
-        gone = lost.processes()
-        assert any("raylet" in process.name() for process in gone)
-        nodes.kill(lost)
-        # What had lost its parent before, as an agent's helper, ends by itself when it misses its raylet.
-        wait_until(lambda: not any(alive(process) for process in gone), 20)
-        assert nodes.nodes == [kept]
-        assert all(alive(process) for process in kept.processes() + nodes.head.processes())
-        left = kept.processes() + nodes.head.processes()
-    assert not any(alive(process) for process in left)
-
-
-def alive(process):
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,13 @@ def test_the_job_is_a_run_that_can_go_on(manifest):
     assert float(container["resources"]["limits"]["cpu"]) >= config.scale.cpus_per_worker + config.data.cpus_per_task
 
 
+def test_a_stopped_job_has_time_for_its_checkpoint(manifest):
+    (head,) = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    told = {one["name"]: one["value"] for one in head["env"]}
+    assert int(told["RAY_JOB_STOP_WAIT_TIME_S"]) == 60
+    assert any("RAY_JOB_STOP_WAIT_TIME_S=60" in what for word, what in instructions() if word == "ENV")
+
+
 def test_no_secret_stands_in_the_manifest(manifest):
     cluster = manifest["spec"]["rayClusterSpec"]
     assert cluster["authOptions"]["mode"] == "token"

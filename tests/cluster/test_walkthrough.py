@@ -9,7 +9,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from cluster import members, operations, processes
-from cluster.state import BUCKET, State, read
+from cluster.state import BUCKET, State
 from tests.conftest import write_images
 
 ROOT = Path(__file__).parents[2]
@@ -50,26 +50,37 @@ def step_of(told: str) -> int:
 
 
 def nodes_with_workers(state: State) -> set[str]:
-    return {
-        node.name
-        for node in state.nodes
-        for process in processes.marked(state.mark(node.name))
-        if process.is_running() and processes.process_name(process).startswith("ray::RayTrain")
-    }
+    return {node.name for node in state.nodes if members.training(state, node.name)}
+
+
+def pack(state: State, folder: Path) -> None:
+    write_images(folder, 96)
+    packed = ["--source", str(folder), "--out", f"s3://{BUCKET}/photos", "--workers", "1"]
+    assert "packed 96 images" in on(state, sys.executable, "-m", "pipelines.make_shards", *packed)
+
+
+def wait_for_end(state: State, job: str) -> None:
+    def finished() -> bool:
+        told = on(state, *RAY, "status", job)
+        assert "FAILED" not in told, logs(state, job)
+        return "SUCCEEDED" in told
+
+    processes.wait_until(finished, 420, lambda: logs(state, job))
+    assert f"run 'walk' finished: {STEPS} steps" in logs(state, job)
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1500)
-def test_the_walk_through(tmp_path):
-    write_images(tmp_path / "photos", 96)
-    state = operations.up(tmp_path / "cluster", nodes=3, cpus=1, store_mib=100)
-    try:
-        packed = ["--source", str(tmp_path / "photos"), "--out", f"s3://{BUCKET}/photos", "--workers", "1"]
-        assert "packed 96 images" in on(state, sys.executable, "-m", "pipelines.make_shards", *packed)
-
+def test_the_walk_through(not_nice, tmp_path):
+    with operations.cluster(tmp_path / "cluster", nodes=3, cpus=1) as state:
+        pack(state, tmp_path / "photos")
         submit(state, "two", workers=2)
         processes.wait_until(lambda: step_of(logs(state, "two")) >= 12, 240, lambda: logs(state, "two"))
-        assert len(nodes_with_workers(state)) == 2
+        working = nodes_with_workers(state)
+        assert len(working) == 2
+        # From one place for all of them, a node that joins would take away the code under the others.
+        unpacked = state.ray_dir.glob("*/session_*/runtime_resources/working_dir_files/_ray_pkg_*/pipelines")
+        assert {path.relative_to(state.ray_dir).parts[0] for path in unpacked} >= working | {"head"}
         on(state, *RAY, "stop", "two")
         assert step_of(logs(state, "two")) < STEPS, "it had finished before it was stopped"
 
@@ -80,13 +91,7 @@ def test_the_walk_through(tmp_path):
         operations.kill(state, "node-2")
         assert operations.add(state).name == "node-4"
 
-        def finished() -> bool:
-            told = on(state, *RAY, "status", "three")
-            assert "FAILED" not in told, logs(state, "three")
-            return "SUCCEEDED" in told
-
-        processes.wait_until(finished, 420, lambda: logs(state, "three"))
-        assert f"run 'walk' finished: {STEPS} steps" in logs(state, "three")
+        wait_for_end(state, "three")
         check_what_is_left(state)
 
         known = members.ray_nodes(state)
@@ -97,17 +102,64 @@ def test_the_walk_through(tmp_path):
         assert known is not None
         assert known["node-1"]["state"] == "DEAD"
         assert known["node-4"]["state"] == "ALIVE"
-    finally:
-        state = read(state.folder)
-        operations.down(state)
     assert not processes.marked(state.mark(), state.ray_dir)
+
+
+# On SIGTERM it needs longer than the 3 s that Ray gives a stopped job by default.
+SLOW_TO_END = """
+import pathlib, signal, sys, time
+
+def end(*_):
+    time.sleep(6)
+    pathlib.Path(sys.argv[1], "saved").touch()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(sys.argv[1], "runs").touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_lost_head_costs_what_came_after_the_last_checkpoint(not_nice, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_TO_END)
+    with operations.cluster(tmp_path / "cluster", nodes=2, cpus=1) as state:
+        pack(state, tmp_path / "photos")
+        slow = ["--no-wait", "--submission-id", "slow", "--", "python", str(tmp_path / "slow.py"), str(tmp_path)]
+        on(state, *RAY, "submit", *slow)
+        processes.wait_until((tmp_path / "runs").exists, 60)
+        on(state, *RAY, "stop", "slow")
+        assert (tmp_path / "saved").exists(), "it was killed before it had saved"
+
+        submit(state, "first", workers=2)
+        processes.wait_until(lambda: step_of(logs(state, "first")) >= 30, 240, lambda: logs(state, "first"))
+        operations.kill(state, "head")
+        state = operations.up(state.folder, nodes=2, cpus=1, store_mib=100)
+        # the servers have lived on, and nothing of the first life's nodes has
+        saved = checkpoints(state)
+        assert saved
+        assert [node.name for node in state.nodes] == ["head", "node-1", "node-2"]
+
+        submit(state, "second", workers=2)
+        wait_for_end(state, "second")
+        (continued,) = re.findall(r"continuing from the checkpoint of step (\d+)", logs(state, "second"))
+        assert int(continued) == max(saved) < STEPS
+        check_what_is_left(state)
+    assert not processes.marked(state.mark(), state.ray_dir)
+
+
+def checkpoints(state: State) -> set[int]:
+    """The steps whose checkpoint is whole."""
+    store = pafs.S3FileSystem(access_key="local", secret_key="local", region="us-east-1", endpoint_override=state.s3)
+    found = store.get_file_info(pafs.FileSelector(f"{BUCKET}/runs/walk/checkpoints", recursive=True))
+    whole = (Path(info.path).parent.name for info in found if info.base_name == "manifest.json")
+    return {int(name.removeprefix("step-")) for name in whole}
 
 
 def check_what_is_left(state: State) -> None:
     """Checkpoints in the store, each point of the record once on the server, the probe's score."""
-    store = pafs.S3FileSystem(access_key="local", secret_key="local", region="us-east-1", endpoint_override=state.s3)
-    checkpoints = store.get_file_info(pafs.FileSelector(f"{BUCKET}/runs/walk/checkpoints"))
-    assert f"step-{STEPS:08d}" in {info.base_name for info in checkpoints}
+    assert STEPS in checkpoints(state)
 
     from mlflow.tracking import MlflowClient
 

@@ -1,15 +1,15 @@
 """Checkpoints: what was saved comes back bit for bit; what is broken is seen and passed over."""
 
-import json
-import pickle
-
 import pytest
+import safetensors.torch
 import torch
 
 from mae_core.model import MaskedAutoencoder
 from mae_core.optim import make_optimizer, set_lr
 from pipelines.storage import Store
 from pipelines.training import checkpoint
+from pipelines.training.snapshot import file_bytes
+from tests.bombs import bomb, exploded, replace_file, torch_bomb
 
 
 def small_model(seed, **options):
@@ -46,7 +46,7 @@ def checkpoints(tmp_path):
 
 
 def save(checkpoints, step, model, optimizer):
-    checkpoint.write(checkpoints, step, checkpoint.snapshot(model, optimizer), {}, {"step": step})
+    checkpoint.write(checkpoints, step, checkpoint.tensors_of(model, optimizer), {}, {"step": step})
 
 
 def test_training_goes_on_bit_for_bit(checkpoints):
@@ -61,13 +61,20 @@ def test_training_goes_on_bit_for_bit(checkpoints):
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_the_snapshot_is_the_state_of_its_step(checkpoints):
-    model, optimizer = trained(1)
-    tensors = checkpoint.snapshot(model, optimizer)
-    before = {name: value.clone() for name, value in tensors["model.safetensors"].items()}
-    trained(1, model, optimizer)
-    for name, value in before.items():
-        assert torch.equal(value, tensors["model.safetensors"][name])
+def test_a_file_is_what_the_library_would_write():
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "wide": torch.randn(700, 1000, generator=generator),
+        "turned": torch.randn(4, 6, generator=generator).t(),
+        "count": torch.tensor(3.0),
+        "none": torch.empty(0, 3),
+        "label": torch.arange(5),
+        "half": torch.randn(7, generator=generator).bfloat16(),
+        "yes": torch.tensor([True, False]),
+    }
+    data = b"".join(file_bytes(tensors, {"format": "pt"}))
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert data == safetensors.torch.save(whole, {"format": "pt"})
 
 
 BREAKS = {
@@ -101,26 +108,22 @@ def test_without_a_manifest_it_is_no_checkpoint(checkpoints, manifest):
     assert checkpoint.newest_whole(checkpoints, lambda _: None) == 10
 
 
-def test_nothing_is_unpickled(checkpoints, tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "exploded"), "w"))
-
+def test_a_pickle_is_no_checkpoint_and_is_not_executed(checkpoints, tmp_path):
     model, optimizer = trained(1)
-    save(checkpoints, 10, model, optimizer)
-    path = checkpoints.local("step-00000010") / "model.safetensors"
-    path.write_bytes(pickle.dumps(Bomb()))
-    # even with checksums that agree
-    manifest_path = path.with_name("manifest.json")
-    manifest = json.loads(manifest_path.read_text())
-    import hashlib
-
-    data = path.read_bytes()
-    manifest["files"]["model.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest_path.write_text(json.dumps(manifest))
-    with pytest.raises(Exception, match=r"[Hh]eader"):
-        checkpoint.restore(checkpoints, 10, model, optimizer)
-    assert not (tmp_path / "exploded").exists()
+    for step in (10, 20):
+        save(checkpoints, step, model, optimizer)
+    folder = checkpoints.local("step-00000020")
+    for name, data in (("model.safetensors", bomb(tmp_path)), ("optimizer.safetensors", torch_bomb(tmp_path))):
+        good = (folder / name).read_bytes()
+        replace_file(folder, name, data)
+        told = []
+        assert checkpoint.newest_whole(checkpoints, told.append) == 10
+        assert told == [f"checkpoint step-00000020 {name} is no safetensors file; taking the next older one"]
+        with pytest.raises(Exception, match=r"[Hh]eader"):
+            checkpoint.restore(checkpoints, 20, model, optimizer)
+        replace_file(folder, name, good)
+    assert checkpoint.newest_whole(checkpoints, told.append) == 20
+    assert not exploded(tmp_path)
 
 
 def test_old_ones_go_and_broken_later_ones_do_not_count(checkpoints):
@@ -130,15 +133,6 @@ def test_old_ones_go_and_broken_later_ones_do_not_count(checkpoints):
     (checkpoints.local("step-00000025")).mkdir()  # was being written when the run was killed
     checkpoint.prune(checkpoints, keep=2, newest=30)
     assert checkpoint.steps(checkpoints) == [90, 30, 25, 20]
-
-
-def test_the_writer_tells_of_a_failure(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    writer = checkpoint.Writer(Store(str(blocked)), 2, lambda: None)
-    writer.save(1, *trained(1), {"step": 1})
-    with pytest.raises(OSError, match="file"):
-        writer.wait()
 
 
 @pytest.mark.parametrize("options", [{}, {"target": "pca", "target_components": 5, "encoder_mask_tokens": True}])

@@ -125,7 +125,7 @@ def test_steps_are_done_whatever_the_target(monkeypatch):
     config = changed("model", target="pca", target_components=4)
     assert dry_run.measure_step(config, Cut(16, 16, 1), CPU, threads=1, seconds=0.01).images_per_s > 0
     assert len(told) >= 2
-    assert not any(skipped for _, _, skipped in told)  # as steps of a target that has not been fitted would be
+    assert not any(skipped for _, _, skipped, _ in told)  # as steps of a target that has not been fitted would be
     assert torch.get_num_threads() == threads
 
 

@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray._private.internal_api import node_stats
 
-from benchmarks.nodes import wait_until
+from cluster.processes import wait_until
 from pipelines.data import feed as feed_module
 from pipelines.data import readers
 from pipelines.data.feed import Crew, Feed, join_crew
@@ -28,11 +28,15 @@ from tests.stores import Fault, FaultyProxy, range_server
 STEPS = 12
 
 
-@pytest.fixture
-def stream(shards):
+def stream_of(shards):
     manifest = load_manifest(shards["train"])
     view = View((16, 16), 3, seed=0, crop_scale=(0.2, 1.0), flip=True)
     return Stream(manifest, Plan(manifest.num_samples, seed=0, end=STEPS * 50 - 20), Cut(50, 8, 1), view)
+
+
+@pytest.fixture
+def stream(shards):
+    return stream_of(shards)
 
 
 class Exchange:
@@ -97,35 +101,38 @@ def by_step(received, cut):
     return steps
 
 
-@pytest.fixture
-def whole(stream):
+@pytest.fixture(scope="module")
+def whole(shards):
+    """Ids and pixels of each step."""
+    stream = stream_of(shards)
     return by_step(consume(stream, 1, num_tasks=64)[0], stream.cut)
 
 
-def test_every_step_is_the_same_on_any_number_of_workers(stream, whole, monkeypatch):
+# The larger ones take longer, for coordinators are processes, and tell less.
+@pytest.mark.parametrize("world_size", [1, 2, 3, *(pytest.param(size, marks=pytest.mark.chaos) for size in (4, 8))])
+def test_every_step_is_the_same_on_any_number_of_workers(stream, whole, monkeypatch, world_size):
     # Blocks and tasks as of large images, so that so few make several executions.
     monkeypatch.setattr("pipelines.data.layout.BLOCK_BYTES", 1)
     monkeypatch.setattr("pipelines.data.layout.TASK_BYTES", 1)
     monkeypatch.setattr("pipelines.data.layout.GRAIN", 64)
-    for world_size in (1, 2, 3, 4, 8):
-        received, most, feeds = consume(stream, world_size, num_tasks=4)
-        cut = replace(stream.cut, world_size=world_size)
-        steps = by_step(received, cut)
-        for step, (ids, pixels) in steps.items():
-            expected, _ = stream.plan.samples(step * 50, min((step + 1) * 50, stream.plan.end))
-            np.testing.assert_array_equal(ids, expected)
-            np.testing.assert_array_equal(pixels, whole[step][1])
-        assert sorted(steps) == list(range(STEPS))
-        assert len(steps[STEPS - 1][0]) == 30, "the last batch is filled up, not repeated"
-        assert len(feeds[0].segments) > 1
-        # Ray would keep one for each segment.
-        assert most <= 5
+    received, most, feeds = consume(stream, world_size, num_tasks=4)
+    cut = replace(stream.cut, world_size=world_size)
+    steps = by_step(received, cut)
+    for step, (ids, pixels) in steps.items():
+        expected, _ = stream.plan.samples(step * 50, min((step + 1) * 50, stream.plan.end))
+        np.testing.assert_array_equal(ids, expected)
+        np.testing.assert_array_equal(pixels, whole[step][1])
+    assert sorted(steps) == list(range(STEPS))
+    assert len(steps[STEPS - 1][0]) == 30, "the last batch is filled up, not repeated"
+    assert len(feeds[0].segments) > 1
+    # Ray would keep one for each segment.
+    assert most <= 5
 
 
-def test_from_every_step_follows_what_follows_without_a_stop(stream, whole):
+def test_from_any_step_follows_what_follows_without_a_stop(stream, whole):
     # The position is the step's number: no other state.
     crew = join_crew(0, 1, num_cpus=0.5)
-    for start in range(STEPS):
+    for start in (1, 6, STEPS - 1):
         feed = Feed(stream, (start, STEPS), crew=crew, num_tasks=64)
         late = by_step([list(feed)], stream.cut)
         assert sorted(late) == list(range(start, STEPS))

@@ -1,4 +1,4 @@
-"""Options of model and data through pretraining's own step, from real shards; one run of several on Ray."""
+"""Options of model and data through pretraining's own step, from real shards."""
 
 import hashlib
 import io
@@ -11,22 +11,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from mae_core.optim import make_optimizer
-from pipelines.cli import to_toml
 from pipelines.config import Config, identity, identity_hash, younger_defaults
 from pipelines.data.index import encode_index, index_name, index_tar
 from pipelines.data.plan import Cut, Plan
 from pipelines.data.readers import MicroBatch, Stream, View, parse_block, read_blocks
-from pipelines.data.shards import Manifest, load_manifest
+from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
-from pipelines.pretrain import main, open_run
+from pipelines.pretrain import open_run
 from pipelines.storage import Store
 from pipelines.training import checkpoint
 from pipelines.training.build import build_model, check_model, fit_target
 from pipelines.training.pictures import save_reconstructions
 from pipelines.training.step import Trainer, train_step
+from pipelines.training.writer import Writer
 
 NUM, STEPS = 40, 3
 TINY: dict[str, Any] = {
@@ -110,7 +109,7 @@ def pretrain(config: Config, manifest: Manifest, checkpoints: Store, stop: int =
     )  # fmt: skip
     batches = batches_of(stream, start)
     losses = [float(train_step(trainer, batches, 1e-3)[0]).hex() for _ in range(start, stop)]
-    writer = checkpoint.Writer(checkpoints, 2, lambda: None)
+    writer = Writer(checkpoints, 2)
     writer.save(stop, model, optimizer, {"step": stop, "skipped": {}})
     writer.wait()
     return losses, model
@@ -153,23 +152,6 @@ def test_the_fit_is_of_training_images_and_is_not_made_again(shard, tmp_path, mo
     assert not torch.equal(third.target.state_dict()["basis"], basis[0]), "the crops are the run's own"
     monkeypatch.setattr(type(model.target), "fit", lambda *_: pytest.fail("fitted again"))
     pretrain(config, shard, store)
-
-
-def test_the_command_fits_once_for_all_its_workers(shards, tmp_path):
-    values = config_of(target="pca", augment="fixed_crop", mask="block", encoder_mask_tokens=True).model_dump()
-    values["run"] |= {"name": "options", "storage": str(tmp_path)}
-    values["data"]["train"] = shards["train"]
-    values["train"]["steps"] = 2
-    values["log"]["pictures"] = 0
-    values["scale"] |= {"workers": 2, "cpus_per_worker": 0.5}
-    config = Config.model_validate(values)
-    (tmp_path / "run.toml").write_text(to_toml(config, "options"))
-    assert main(["--config", str(tmp_path / "run.toml")]) == 0
-    model = build_model(config)
-    fit_target(model, stream_of(config, load_manifest(shards["train"])), config)
-    written = load_file(tmp_path / "options" / "checkpoints" / "step-00000002" / "model.safetensors")
-    assert torch.equal(written["target.basis"], model.target.state_dict()["basis"])
-    assert not any(tensor.isnan().any() for tensor in written.values())
 
 
 def test_a_run_from_before_an_option_keeps_its_identity():

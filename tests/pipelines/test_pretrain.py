@@ -14,14 +14,17 @@ import psutil
 import pytest
 import safetensors.torch
 import timm
+import torch
 
 from benchmarks.audit import CONTINUED
-from benchmarks.nodes import free_ports, wait_until
+from cluster.processes import free_ports, wait_until
 from mae_core.weights import encoder_state, load_official
 from pipelines.config import identity, identity_hash
 from pipelines.data.plan import Plan
-from pipelines.errors import UserError
+from pipelines.data.shards import load_manifest
+from pipelines.errors import UserError, run_command
 from pipelines.pretrain import main, open_run, read_config, resolve
+from pipelines.training.build import build_model, fit_target, make_stream
 from tests.jobs import left_behind, submit
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +60,9 @@ every_steps = 20
 every = 3
 ids = true
 """
+# A target that is fitted before the first step, and what else needs more of a run than the usual.
+OPTIONS = ["--model.target", "pca", "--model.target-components", "10", "--model.mask", "block",
+           "--model.encoder-mask-tokens", "--data.augment", "fixed_crop", "--probe.no-at-start"]  # fmt: skip
 
 
 @pytest.fixture
@@ -205,12 +211,12 @@ def steps_done(folder):
 
 @pytest.mark.timeout(900)
 def test_kills_change_nothing(recipe, shards, tmp_path, capfd):
-    steps = 260
-    reference = arguments(recipe(steps), shards, tmp_path, "undisturbed", "--log.pictures", "0")
+    steps = 160
+    reference = arguments(recipe(steps), shards, tmp_path, "undisturbed", "--log.pictures", "0", *OPTIONS)
     assert main(reference) == 0
     capfd.readouterr()
 
-    killed = arguments(recipe(steps), shards, tmp_path, "killed", "--log.pictures", "0")
+    killed = arguments(recipe(steps), shards, tmp_path, "killed", "--log.pictures", "0", *OPTIONS)
     folder, log = tmp_path / "killed", tmp_path / "log.txt"
     with command(killed, log) as process:
         told = lambda: log.read_text()[-3000:]  # noqa: E731
@@ -253,6 +259,12 @@ def test_kills_change_nothing(recipe, shards, tmp_path, capfd):
     weights = safetensors.torch.load_file(folder / final)
     for name, value in safetensors.torch.load_file(tmp_path / "undisturbed" / final).items():
         assert np.array_equal(value, weights[name]), name
+
+    # what one of the workers has fitted is what any process fits
+    config = resolve(read_config(reference))
+    fitted = build_model(config)
+    fit_target(fitted, make_stream(config, load_manifest(config.data.train), 1), config)
+    assert torch.equal(weights["target.basis"], fitted.target.state_dict()["basis"])
 
 
 @pytest.mark.timeout(600)
@@ -333,23 +345,30 @@ def test_a_result_counts_for_its_own_configuration_only(recipe, tmp_path):
 
 
 def test_the_command_exits_with_2_and_one_line(recipe, shards, tmp_path):
-    for more in (["--model.mask-ratio", "2"], ["--data.train", str(tmp_path / "none")]):
-        done = subprocess.run(
-            [sys.executable, "-m", "pipelines.pretrain", *arguments(recipe(4), shards, tmp_path, "wrong"), *more],
-            cwd=ROOT, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1
-
-
-def test_a_read_only_folder_is_one_line(recipe, shards, tmp_path):
-    # Root writes anywhere, so the folder's place is taken by a file.
-    (tmp_path / "runs").write_text("")
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.pretrain", *arguments(recipe(4), shards, tmp_path / "runs", "wrong")],
+        [sys.executable, "-m", "pipelines.pretrain", *arguments(recipe(4), shards, tmp_path, "wrong"),
+         "--data.train", str(tmp_path / "none")],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [
+        (["--model.mask-ratio", "2"], "runs"),
+        # Root writes anywhere, so the folder's place is taken by a file.
+        ([], "file"),
+    ],
+)
+def test_what_anything_below_refuses_is_one_line(recipe, shards, tmp_path, capsys, flags, folder):
+    (tmp_path / "file").write_text("")
+    command = arguments(recipe(4), shards, tmp_path / folder, "wrong", *flags)
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: main(command))
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1

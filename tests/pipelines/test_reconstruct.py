@@ -74,7 +74,7 @@ def write_run(storage, name, config, steps=(20,), *, flat=False):
         model.init_weights(seed=step)
         if flat:
             torch.nn.init.zeros_(model.decoder_pred.weight)
-        tensors = checkpoint.snapshot(model, make_optimizer(model))
+        tensors = checkpoint.tensors_of(model, make_optimizer(model))
         checkpoint.write(store.child("checkpoints"), step, tensors, weights.file_metadata(model), {"step": step})
     return model.eval()
 
@@ -368,7 +368,7 @@ def test_mistakes_are_one_line(run, shards, tmp_path, monkeypatch, flags, told):
 def test_weights_that_are_not_finite(shards, tmp_path):
     model = write_run(tmp_path, "tiny", tiny(shards["train"]), steps=(10,))
     next(model.encoder.norm.parameters()).data.fill_(torch.nan)
-    tensors = checkpoint.snapshot(model, make_optimizer(model))
+    tensors = checkpoint.tensors_of(model, make_optimizer(model))
     checkpoint.write(Store(str(tmp_path)).child("tiny").child("checkpoints"), 20, tensors, {}, {})
     with pytest.raises(UserError, match=r"tiny, step 20: .*not finite"):
         look(tmp_path, "--only", "pca")

@@ -37,7 +37,7 @@ def write_run(storage, name, steps=(), config=TINY):
     for step in steps:
         model = build_model(config)
         model.init_weights(seed=step)
-        tensors = checkpoint.snapshot(model, make_optimizer(model))
+        tensors = checkpoint.tensors_of(model, make_optimizer(model))
         checkpoint.write(store.child("checkpoints"), step, tensors, {}, {"step": step})
     return store
 

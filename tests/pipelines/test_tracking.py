@@ -1,147 +1,43 @@
 """The record on real stores: SQLite, and a real MLflow server that is down, hung, slow to answer, and back."""
 
 import contextlib
-import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from pipelines.errors import UserError
 from pipelines.spool import Spool
-from pipelines.tracking import (
-    DatasetInput,
-    RunDescription,
-    RunRecord,
-    create_run,
-    quiet_environment,
-    resolve_tracking_uri,
-    send,
-    start_follower,
+from pipelines.tracking import RunRecord, create_run, resolve_tracking_uri, send, start_follower
+from tests.records import (
+    ROOT,
+    Server,
+    client,
+    description,
+    eventually,
+    free_port,
+    pictures_of,
+    proxied,
+    steps_of,
+    sync,
+    write_picture,
+    write_steps,
 )
-
-ROOT = Path(__file__).parents[2]
 
 # MLflow's own SQLite store, read back in this process, uses what SQLAlchemy 2.1 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "did not come true in time"
-        time.sleep(0.1)
-
-
-class Server:
-    """An MLflow server process with its workers, on loopback."""
-
-    def __init__(self, folder: Path):
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        folder = self._folder
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
-        command += ["--artifacts-destination", str(folder / "artifacts")]
-        with (folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-        eventually(self.answers, 90)
-
-    def answers(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
-        with contextlib.suppress(OSError), contextlib.closing(connection):
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        return False
-
-    def signal(self, number: int) -> None:
-        assert self._process is not None
-        os.killpg(self._process.pid, number)
-
-    def stop(self) -> None:
-        if self._process is not None:
-            # The whole group: killed alone, the parent leaves its uvicorn workers behind.
-            self.signal(signal.SIGKILL)
-            self._process.wait()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
-
-
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-def description(name: str, **params: object) -> RunDescription:
-    data = DatasetInput(name="photos", digest="ab" * 32, source="s3://bucket/photos", num_samples=7)
-    tags = {"mlflow.source.git.commit": "0123abc"}
-    return RunDescription.model_validate(
-        {"experiment": "tests", "name": name, "params": params, "tags": tags, "datasets": (data,)}
-    )
-
-
-def write_steps(spool: Spool, steps: range) -> None:
-    for step in steps:
-        spool.metrics(step, {"train/loss": 1 / (step + 1), "perf/images_per_s": 100.0 + step})
-
-
-def write_picture(folder: Path, spool: Spool, step: int) -> None:
-    file = f"pictures/step-{step:08d}.png"
-    (folder / "pictures").mkdir(exist_ok=True)
-    pixels = np.random.default_rng(step).integers(0, 256, (16, 48, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / file)
-    spool.image(step, "reconstruction", file)
-
-
-def client(uri: str):
-    os.environ.update(quiet_environment())
-    from pipelines.mlflow_client import connect
-
-    return connect(uri, may_create=False)
-
-
-def steps_of(uri: str, run_id: str, key: str = "train/loss") -> list[int]:
-    return sorted(metric.step for metric in client(uri).get_metric_history(run_id, key))
-
-
-def pictures_of(uri: str, run_id: str) -> list[int]:
-    """The step of each picture that the MLflow UI would show."""
-    names = [Path(file.path).name for file in client(uri).list_artifacts(run_id, "images")]
-    return sorted(int(name.split("+")[2]) for name in names if "+compressed" in name)
-
-
-def sync(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "pipelines.sync", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_sqlite_from_beginning_to_continued_run(tmp_path: Path):
@@ -228,18 +124,18 @@ def test_server_down_from_the_start_and_back_later(tmp_path: Path, capsys: pytes
         server.stop()
 
 
-def test_hung_server_costs_no_step_and_no_point(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch):
+def test_hung_server_costs_no_step_and_no_point(tmp_path: Path, mlflow_server: Server, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "hung"
-    run_id = create_run(folder, description("hung"), tracking_uri=server.uri, timeout_s=60)
+    run_id = create_run(folder, description("hung"), tracking_uri=mlflow_server.uri, timeout_s=60)
     assert run_id is not None
     spool = Spool(folder)
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
         follower = start_follower(folder)
     write_steps(spool, range(10))
-    eventually(lambda: steps_of(server.uri, run_id) == list(range(10)))
+    eventually(lambda: steps_of(mlflow_server.uri, run_id) == list(range(10)))
 
-    server.signal(signal.SIGSTOP)
+    mlflow_server.signal(signal.SIGSTOP)
     try:
         seconds = []
         for step in range(10, 2010):
@@ -251,10 +147,10 @@ def test_hung_server_costs_no_step_and_no_point(tmp_path: Path, server: Server, 
         eventually(lambda: "no answer" in (folder / "sync.log").read_text())
         # A second run that starts now does not wait for the server either.
         began = time.monotonic()
-        assert create_run(tmp_path / "late", description("late"), tracking_uri=server.uri, timeout_s=3) is None
+        assert create_run(tmp_path / "late", description("late"), tracking_uri=mlflow_server.uri, timeout_s=3) is None
         assert time.monotonic() - began < 30
     finally:
-        server.signal(signal.SIGCONT)
+        mlflow_server.signal(signal.SIGCONT)
 
     from mlflow.exceptions import MlflowException
 
@@ -262,87 +158,52 @@ def test_hung_server_costs_no_step_and_no_point(tmp_path: Path, server: Server, 
         # Awake again, the server's supervisor finds its worker overdue, kills it and starts another: until then
         # a question may be cut off.
         with contextlib.suppress(MlflowException):
-            return steps_of(server.uri, run_id)[-1] == 2009
+            return steps_of(mlflow_server.uri, run_id)[-1] == 2009
         return False
 
     eventually(all_arrived)
-    assert steps_of(server.uri, run_id) == list(range(2010))
+    assert steps_of(mlflow_server.uri, run_id) == list(range(2010))
     spool.close()
     assert follower.stop(30)
 
 
-class Cutting(BaseHTTPRequestHandler):
-    """Passes requests on to ``upstream``; kills ``victim`` instead of giving it the answer to a matching one."""
-
-    protocol_version = "HTTP/1.1"
-    upstream = 0
-    matches: Callable[[str, bytes], bool] = staticmethod(lambda _path, _body: False)
-    victim: int | None = None
-    cut = threading.Event()
-
-    def _pass_on(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=30)) as connection:
-            connection.request(self.command, self.path, body, dict(self.headers))
-            response = connection.getresponse()
-            answer = response.read()
-        if self.matches(self.path, body) and not self.cut.is_set():
-            assert self.victim is not None
-            os.kill(self.victim, signal.SIGKILL)
-            self.cut.set()
-            self.close_connection = True
-            return
-        self.send_response(response.status)
-        self.send_header("Content-Type", response.headers.get("Content-Type", "application/json"))
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    do_GET = do_POST = do_PUT = _pass_on
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.mark.parametrize("what", ["points", "picture"])
-def test_follower_killed_between_acceptance_and_note(tmp_path: Path, server: Server, what: str):
+def test_follower_killed_between_acceptance_and_note(tmp_path: Path, mlflow_server: Server, what: str):
     def matches(path: str, body: bytes) -> bool:
         return "+compressed" in path if what == "picture" else b"train/loss" in body and "log-batch" in path
 
-    handler = type(
-        "Handler", (Cutting,), {"upstream": server.port, "matches": staticmethod(matches), "cut": threading.Event()}
-    )
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
-        thread = threading.Thread(target=proxy.serve_forever)
-        thread.start()
-        try:
-            folder = tmp_path / f"cut-{what}"
-            uri = f"http://127.0.0.1:{proxy.server_address[1]}"
-            run_id = create_run(folder, description(folder.name), tracking_uri=uri, timeout_s=60)
-            assert run_id is not None
-            spool = Spool(folder)
-            write_steps(spool, range(300))
-            write_picture(folder, spool, 299)
-            spool.close()
-            follower = start_follower(folder)
-            handler.victim = follower.pid
-            assert handler.cut.wait(60)
-            assert not follower.stop(10)
-            # MLflow has it, and the folder does not know.
-            assert steps_of(server.uri, run_id) == list(range(300))
-            sent = send(folder, timeout_s=60)
-            assert (sent.points, sent.files, sent.left) == (0, 1 if what == "points" else 0, 0)
-        finally:
-            proxy.shutdown()
-            thread.join()
-    assert steps_of(server.uri, run_id) == list(range(300))
-    assert pictures_of(server.uri, run_id) == [299]
+    with proxied(mlflow_server.port) as proxy:
+        folder = tmp_path / f"cut-{what}"
+        run_id = create_run(folder, description(folder.name), tracking_uri=proxy.uri, timeout_s=60)
+        assert run_id is not None
+        spool = Spool(folder)
+        write_steps(spool, range(300))
+        write_picture(folder, spool, 299)
+        spool.close()
+
+        killed = threading.Event()
+
+        def kill() -> None:
+            assert follower.pid is not None
+            os.kill(follower.pid, signal.SIGKILL)
+            proxy.mode = "pass"
+            killed.set()
+
+        proxy.mode, proxy.matches, proxy.after_drop = "drop", matches, kill
+        follower = start_follower(folder)
+        assert killed.wait(60)
+        # MLflow has it, and the folder does not know; another follower goes on.
+        assert steps_of(mlflow_server.uri, run_id) == list(range(300))
+        assert follower.stop(60)
+    assert steps_of(mlflow_server.uri, run_id) == list(range(300))
+    assert pictures_of(mlflow_server.uri, run_id) == [299]
+    assert send(folder, timeout_s=60, tracking_uri=mlflow_server.uri).points == 0
 
 
-def test_machine_lost_with_its_spool(tmp_path: Path, server: Server):
+def test_machine_lost_with_its_spool(tmp_path: Path, mlflow_server: Server):
     """The run goes on elsewhere, from an older copy of the spool: replayed points have other times."""
     folder = tmp_path / "moved"
-    run_id = create_run(folder, description("moved"), tracking_uri=server.uri, timeout_s=60)
+    run_id = create_run(folder, description("moved"), tracking_uri=mlflow_server.uri, timeout_s=60)
     assert run_id is not None
     spool = Spool(folder)
     write_steps(spool, range(20))
@@ -358,12 +219,12 @@ def test_machine_lost_with_its_spool(tmp_path: Path, server: Server):
     write_steps(spool, range(15, 60))
     spool.close()
     assert send(folder, timeout_s=60).points == 40
-    assert steps_of(server.uri, run_id) == list(range(60))
+    assert steps_of(mlflow_server.uri, run_id) == list(range(60))
 
 
-def test_two_senders_at_once(tmp_path: Path, server: Server):
+def test_two_senders_at_once(tmp_path: Path, mlflow_server: Server):
     folder = tmp_path / "twice"
-    create_run(folder, description("twice"), tracking_uri=server.uri, timeout_s=60)
+    create_run(folder, description("twice"), tracking_uri=mlflow_server.uri, timeout_s=60)
     spool = Spool(folder)
     for step in range(6):
         write_steps(spool, range(step, step + 1))
@@ -378,8 +239,8 @@ def test_two_senders_at_once(tmp_path: Path, server: Server):
     assert [result.returncode for result in results] == [0, 0], results
     run_id = RunRecord.read(folder).mlflow_run_id
     assert run_id is not None
-    assert steps_of(server.uri, run_id) == list(range(6))
-    assert pictures_of(server.uri, run_id) == list(range(6))
+    assert steps_of(mlflow_server.uri, run_id) == list(range(6))
+    assert pictures_of(mlflow_server.uri, run_id) == list(range(6))
 
 
 TRAINER = """
@@ -399,16 +260,16 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_killed_trainer_is_not_running_for_ever(tmp_path: Path, server: Server):
+def test_killed_trainer_is_not_running_for_ever(tmp_path: Path, mlflow_server: Server):
     folder = tmp_path / "killed"
-    run_id = create_run(folder, description("killed"), tracking_uri=server.uri, timeout_s=60)
+    run_id = create_run(folder, description("killed"), tracking_uri=mlflow_server.uri, timeout_s=60)
     assert run_id is not None
     trainer = subprocess.run(
         [sys.executable, "-c", TRAINER, str(folder), "1"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert trainer.returncode == -signal.SIGKILL, trainer.stderr
-    eventually(lambda: client(server.uri).get_run(run_id).info.status == "KILLED")
-    assert steps_of(server.uri, run_id) == list(range(100))
+    eventually(lambda: client(mlflow_server.uri).get_run(run_id).info.status == "KILLED")
+    assert steps_of(mlflow_server.uri, run_id) == list(range(100))
     eventually(lambda: not Path(f"/proc/{trainer.stdout.strip()}").exists())
 
 

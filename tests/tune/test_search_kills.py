@@ -15,7 +15,7 @@ import psutil
 import pytest
 from ray.tune.schedulers import FIFOScheduler
 
-from benchmarks.nodes import wait_until
+from cluster.processes import wait_until
 from pipelines.spool import read_spool
 from pipelines.storage import Store
 from tests.jobs import left_behind

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.nodes import cluster
+from cluster import operations
 from tests.tune.searches import arguments
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +33,8 @@ print(json.dumps([len(groups), taken]))
 def test_ctrl_c_leaves_no_placement_group_and_takes_no_cpu(shards, tmp_path, workers):
     asked = ["--sampler", "grid", "--reports", "50", "--train.steps", "4000", "--scale.workers", str(workers)]
     asked = arguments(tmp_path, shards, *asked, space='["model.mask_ratio"]\nvalues = [0.5, 0.75]\n', name="cut")
-    with cluster(head_cpus=2) as nodes:
-        environment = {**nodes.environment, "RAY_ADDRESS": nodes.address}
+    with operations.cluster(tmp_path / "cluster", nodes=1, cpus=2) as state:
+        environment = {**state.environment(), "RAY_ADDRESS": state.head}
         with subprocess.Popen(
             [sys.executable, "-u", "-m", "tune.search", *asked],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from benchmarks.nodes import wait_until
+from cluster.processes import wait_until
 from pipelines.pretrain import read_config
 from pipelines.storage import Store
 from pipelines.training import checkpoint

@@ -1,0 +1,46 @@
+"""How fast a device multiplies matrices: what a step's FLOPs are held against."""
+
+import functools
+import time
+
+import torch
+
+_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns; large enough for the device's full rate
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """The best rate of square matrix products that some tenths of a second show, in FLOP/s.
+
+    Measured once in a process for what it is asked for. The best, not the mean: what else the machine does only slows
+    it. On a GPU the products are as long as a layer's and run one after the other without the host.
+
+    Args:
+        device: Where they are multiplied.
+        dtype: Of the matrices; float32 on a GPU is what ``torch.backends`` makes of it.
+        seconds: How long, after one product that is not counted; one at least is.
+    """
+    size = _SIZE[device.type]
+    generator = torch.Generator().manual_seed(0)  # zeros would be multiplied faster than what a model has
+    left, right = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    best, end = 0.0, None
+    with torch.inference_mode():
+        while end is None or time.perf_counter() < end:
+            turns = 8 if device.type == "cuda" else 1
+            wait_for(device)
+            start = time.perf_counter()
+            for _ in range(turns):
+                torch.mm(left, right, out=out)
+            wait_for(device)
+            if end is None:  # the first one finds its kernel
+                end = time.perf_counter() + seconds
+            else:
+                best = max(best, 2 * size**3 * turns / (time.perf_counter() - start))
+    return best
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,46 @@
+"""What becomes of workers, told in the driver's terminal: why one was lost, and which setting mends it."""
+
+from typing import Any
+
+import ray.train
+from ray.exceptions import OutOfMemoryError
+
+from pipelines.config import Config
+from pipelines.training.job import GoBackError
+
+
+class LostWorkers(ray.train.UserCallback):
+    """Tells of workers that are lost. Ray Train calls it where it watches them.
+
+    Args:
+        console: The run's.
+        config: The run's configuration.
+    """
+
+    def __init__(self, console: Any, config: Config):
+        self._console, self._config = console, config
+        self._told: dict[int, str] = {}
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Tells of each worker's error, once for as long as it stays the same."""
+        for rank, error in worker_exceptions.items():
+            why = reason(error, self._config)
+            if why and self._told.get(rank) != why:
+                self._console.say.remote(f"worker {rank} is lost: {why}")
+            self._told[rank] = why
+
+
+def reason(error: BaseException, config: Config) -> str:
+    """Why a worker was lost, in a line; empty where it has said so itself."""
+    if isinstance(error, GoBackError):
+        return ""
+    cause = getattr(error, "health_check_failure", error)
+    text = str(cause).strip()
+    if isinstance(cause, OutOfMemoryError) or "running low on memory" in text or "memory pressure" in text:
+        return (
+            f"its node ran out of memory: lower batch.micro_size ({config.batch.micro_size}), or raise "
+            f"data.cpus_per_task ({config.data.cpus_per_task:g}), so that fewer tasks read beside it"
+        )
+    if type(error).__name__ == "WorkerHealthCheckTimeoutError":
+        return "it no longer answers"
+    return f"{type(cause).__name__}: {text.splitlines()[0] if text else 'no word'}"
