@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_core.decoders import make_decoder_blocks
+from mae_core.layers import linear, use_fast_layers
 from mae_core.masking import Masking, random_masking, take
 from mae_core.plain_vit import plain_vit, sincos_table
 from mae_core.targets import make_target, patchify
@@ -173,6 +174,7 @@ class MaskedAutoencoder(nn.Module):
             self.decoder_norm = LayerNorm(decoder_width, eps=1e-6)
             self.target = make_target(target, self.patch_size**2 * channels, target_components)
             self.decoder_pred = nn.Linear(decoder_width, self.target.size)
+        use_fast_layers(self)
         _, encoder_pos_embed = self._encoder_extras()
         encoder_pos_embed.requires_grad_(False)
         self.decoder_pos_embed.requires_grad_(False)
@@ -257,7 +259,7 @@ class MaskedAutoencoder(nn.Module):
             patches_BKP, position_BKD = take(patches_BKP, keep_BK), position_ND[keep_BK]
         # A convolution whose stride is its kernel is a linear layer on patches; its weight is [D, C, p, p].
         weight_DP = projection.weight.permute(0, 2, 3, 1).flatten(1)
-        visible_BKD = nn.functional.linear(patches_BKP, weight_DP, projection.bias) + position_BKD
+        visible_BKD = linear(patches_BKP, weight_DP, projection.bias) + position_BKD
         class_BSD = (torch.cat(class_tokens, dim=1) + position_SD).expand(len(images_BCHW), -1, -1)
         tokens = [class_BSD, visible_BKD]
         if self.encoder_mask_token is not None and masked_BM is not None:

@@ -68,8 +68,11 @@ def normalize_patches(patches_BNP: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         pixels: ``prediction * std + mean``.
     """
     mean_BN1 = patches_BNP.mean(dim=-1, keepdim=True)
-    std_BN1 = (patches_BNP.var(dim=-1, keepdim=True, unbiased=True) + 1e-6).sqrt()
-    return (patches_BNP - mean_BN1) / std_BN1, mean_BN1, std_BN1
+    centred_BNP = patches_BNP - mean_BN1
+    # Tensor.var is slow on a CPU: it does not vectorise.
+    variance_BN1 = centred_BNP.square().sum(dim=-1, keepdim=True) / (patches_BNP.shape[-1] - 1)
+    std_BN1 = (variance_BN1 + 1e-6).sqrt()
+    return centred_BNP / std_BN1, mean_BN1, std_BN1
 
 
 def fit_pca(parts: Iterable[torch.Tensor], num_components: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -192,6 +192,9 @@ class Checkpoint(Section):
     """Minutes between checkpoints."""
     keep: int = Field(default=3, ge=2)
     """Checkpoints that are kept; at least two, so that a broken one has an older to fall back to."""
+    patience_minutes: float = Field(default=30.0, ge=0)
+    """Minutes for which training goes on while a checkpoint or the record cannot be written (a full disk, a store that
+    is away) and is tried again; then the run ends."""
 
 
 class Probe(Section):

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import USAGE_ERROR, UserError
 from pipelines.reading import ReadError, ReadPolicy
 from pipelines.storage import Store
 
@@ -44,6 +45,9 @@ class Timing:
     beat_s: float = 5.0
     stale_s: float = 30.0
     settle_s: float = 1.0
+
+
+TIMING = Timing()
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,20 @@ class Lease:
             )
 
 
+def check_of(lease: Lease | None) -> Callable[[], None]:
+    """What is called before something is written that only the holder of a lease may write; None: anybody may."""
+    return lease.check if lease else lambda: None
+
+
+def leave_at_once(error: LeaseLostError) -> None:
+    """Ends this process without a further touch at what another command works on now; exit code 2."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(USAGE_ERROR)
+
+
 @contextlib.contextmanager
 def hold(
-    store: Store, what: str, on_loss: Callable[[LeaseLostError], None], timing: Timing = Timing()
+    store: Store, what: str, on_loss: Callable[[LeaseLostError], None] = leave_at_once, timing: Timing = TIMING
 ) -> Iterator[Lease]:
     """Holds the lease of a folder for the length of a block.
 
@@ -125,10 +140,12 @@ def hold(
         yield lease
     finally:
         ended.set()
-        heart.join()
+        heart.join(_TRY.deadline_s)  # a store that hangs is not waited for
         with contextlib.suppress(OSError, UserError):
             lease.check()
-            store.remove(FILE)
+            store.remove(FILE, policy=_TRY)
+            if store.is_local:
+                store.local().rmdir()  # only where nothing came of it
 
 
 def _take(store: Store, what: str, timing: Timing) -> Owner:

@@ -26,6 +26,7 @@ from pipelines.config import Config, flat, identity, identity_hash, total_steps,
 from pipelines.console import Printer, make_console
 from pipelines.data.shards import Manifest, load_manifest
 from pipelines.errors import FAILED, USAGE_ERROR, UserError, run_command
+from pipelines.lease import Lease, check_of, hold
 from pipelines.ray_session import connect
 from pipelines.spool import Spool, Status
 from pipelines.stopping import StoppedError, do_until_stopped, take_signals
@@ -169,7 +170,7 @@ def describe(config: Config, images: Images, parent_run_id: str | None = None) -
     )
 
 
-def pretrain(config: Config, images: Images, console: Any, *, here: bool = False, **options: bool) -> None:
+def pretrain(config: Config, images: Images, console: Any, *, here: bool = False, **options: Any) -> None:
     """Runs the workers to the run's end; its MLflow run and its folder are there.
 
     Args:
@@ -196,6 +197,7 @@ def pretrain(config: Config, images: Images, console: Any, *, here: bool = False
     failure = ray.get(console.failure.remote())
     if failure is None and not error:
         return
+    check_of(options.get("lease"))()
     reason, code = failure or (error, FAILED)
     with contextlib.suppress(OSError):  # the disk may be what failed
         store.write("error.log", reason)
@@ -263,9 +265,16 @@ def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    started = time.perf_counter()
     config = resolve(read_config(argv))
-    train, labelled, test = check(config)
+    images = Images(*check(config))
+    with hold(Store(config.run.storage).child(config.run.name), f"run '{config.run.name}'") as lease:
+        return run(config, images, lease)
+
+
+def run(config: Config, images: Images, lease: Lease) -> int:
+    """Runs it to its end, or finds that it is there already; returns the command's exit code."""
+    started = time.perf_counter()
+    train = images.train
     tracking_uri = resolve_tracking_uri(config.run.storage)
     result = open_run(config, train.digest)
     store = Store(config.run.storage).child(config.run.name)
@@ -273,7 +282,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"run '{config.run.name}' has finished already; nothing to do")
         print(summary(config, result, tracking_uri, 0.0))
         return 0
-    images = Images(train, labelled, test)
     with connect(address=config.scale.address), take_signals() as signals:
         check_resources(config.scale, config.data.cpus_per_task)
         folder = RunFolder(store)
@@ -287,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = make_console()
         printer = Printer(console)
         try:
-            do_until_stopped(lambda: pretrain(config, images, console), console, signals)
+            do_until_stopped(lambda: pretrain(config, images, console, lease=lease), console, signals)
         except PretrainingError as error:
             print(f"error: training failed: {error}", file=sys.stderr)
             return error.code

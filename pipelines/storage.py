@@ -149,18 +149,18 @@ class Store:
             temporary.unlink(missing_ok=True)
             raise
 
-    def write(self, name: str, data: bytes | str, *, policy: ReadPolicy = _SHORT) -> None:
+    def write(self, name: str, data: bytes | str, *, policy: ReadPolicy | None = None) -> None:
         """Writes a whole file, or none."""
         content = data.encode() if isinstance(data, str) else data
         self.write_content(name, lambda: [content], policy=policy)
 
-    def write_content(self, name: str, content: Content, *, policy: ReadPolicy = _SHORT) -> None:
+    def write_content(self, name: str, content: Content, *, policy: ReadPolicy | None = None) -> None:
         """Writes a whole file, or none, from wherever its bytes lie: nothing of it is kept.
 
         Args:
             name: The file.
             content: Its bytes; asked for once more at each attempt.
-            policy: How long a remote store is kept at.
+            policy: How long a remote store is kept at; None: as long as a person would wait.
 
         Raises:
             ReadError: The fault of a remote store stays.
@@ -224,14 +224,12 @@ class Store:
 
         def delete() -> None:
             filesystem, root = self._filesystem()
-            if filesystem.get_file_info(root).type == pafs.FileType.Directory or not self.is_local:
-                filesystem.delete_dir_contents(root, missing_dir_ok=True)
-                if self.is_local:
-                    filesystem.delete_dir(root)
+            if filesystem.get_file_info(root).type == pafs.FileType.Directory:
+                filesystem.delete_dir(root)
 
         delete() if self.is_local else self._retried(delete)
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, *, policy: ReadPolicy | None = None) -> None:
         """Deletes one file; nothing happens where it does not exist."""
         self._refuse_web("deleted")
         if self.is_local:
@@ -243,7 +241,7 @@ class Store:
             filesystem.delete_file(f"{root}/{name}")
 
         with contextlib.suppress(FileNotFoundError):
-            self._retried(delete, name)
+            self._retried(delete, name, policy)
 
     def _list(self, *, allow_not_found: bool) -> list[pafs.FileInfo]:
         self._refuse_web("listed")
@@ -262,12 +260,12 @@ class Store:
                 f"{self.shown()} cannot be {what}: files on http(s):// are only read here, each by its name"
             )
 
-    def _retried(self, act: Callable[[], Result], name: str = "", policy: ReadPolicy = _SHORT) -> Result:
+    def _retried(self, act: Callable[[], Result], name: str = "", policy: ReadPolicy | None = None) -> Result:
         def once() -> Result:
             with objects.faults():
                 return act()
 
-        return retried(once, self.shown(name), policy)
+        return retried(once, self.shown(name), policy or _SHORT)
 
     def _url(self, name: str) -> str:
         return self.path(quote(name))

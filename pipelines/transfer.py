@@ -30,6 +30,7 @@ from pipelines.config import Config
 from pipelines.console import Printer, make_console
 from pipelines.data.shards import Manifest, load_index, load_manifest
 from pipelines.errors import USAGE_ERROR, UserError, run_command
+from pipelines.lease import Lease, hold
 from pipelines.plots import Point, draw_scores
 from pipelines.ray_session import connect
 from pipelines.runs import final_step
@@ -196,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         stack.enter_context(connect(address=transfer.scale.address))
                         check_resources(transfer.scale, transfer.data.cpus_per_task)
                     try:
-                        _run(unit, config, state, data, len(classes), parent, store, values)
+                        with hold(store, f"the transfer {score_name(unit)}") as lease:
+                            _run(unit, config, state, data, len(classes), parent, store, values, lease)
                     except TransferFailedError as failed:
                         print(f"error: {score_name(unit)} failed: {failed}", file=sys.stderr)
                         return 1
@@ -256,6 +258,7 @@ def _run(
     parent: Store | None,
     store: Store,
     values: dict[str, Any],
+    lease: Lease,
 ) -> None:
     """Learns and scores with the seeds that have no score yet.
 
@@ -273,7 +276,7 @@ def _run(
     console = make_console()
     printer = Printer(console)
     # Large ones do not fit into what travels with a function.
-    job = TransferJob(transfer, config, ray.put(state), train, test, num_classes, store, console)
+    job = TransferJob(transfer, config, ray.put(state), train, test, num_classes, store, console, lease)
     print(f"{score_name(transfer)}: {train.num_samples:,} images to learn from, {test.num_samples:,} to test on")
     error = ""
     try:
@@ -284,6 +287,7 @@ def _run(
         printer.stop()
     failure = ray.get(console.failure.remote())
     if failure or error:
+        lease.check()
         with contextlib.suppress(OSError):
             Spool(folder.path).status("FAILED")
             send(folder.path, timeout_s=10.0)

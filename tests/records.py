@@ -138,6 +138,10 @@ class Proxy:
         self.refuse()
 
     def _handle(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
+        if self._server is None:
+            # On a connection from before it refused.
+            request.close_connection = True
+            return
         mode = self.mode if self.matches(request.path, body) else "pass"
         if mode != "pass":
             self.failed += 1

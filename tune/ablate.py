@@ -23,6 +23,7 @@ from pipelines import provenance
 from pipelines.cli import parse_with_file
 from pipelines.config import Config, flat, identity, total_steps
 from pipelines.errors import UserError, run_command
+from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
 from pipelines.ray_session import connect
 from pipelines.spool import redact
@@ -188,8 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{ready.title}: {len(ready.cells())} trainings, {len(left)} of them still to be done", flush=True)
     with ExitStack() as stack:
         if left:
+            lease = stack.enter_context(hold(store, who))
             stack.enter_context(connect(address=ablation.scale.address))
-            if not _train(ready, journal, left):
+            if not _train(ready, journal, left, lease):
                 print(f"{who} ended: the same command goes on with it")
                 return INTERRUPTED
         if ablation.table == "fig9":
@@ -207,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell]) -> bool:
+def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell], lease: Lease) -> bool:
     """Trains cells; says whether all have ended."""
     # They take seconds to import: not for a mistake in the command, nor where nothing is to be trained.
     from ray.tune.schedulers import FIFOScheduler
@@ -233,6 +235,7 @@ def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell]) -> bool:
         store.is_local,
         dict(journal.trials),
         StopSign.remote(),  # type: ignore[attr-defined]
+        lease,
     )
     with parent.own_record(folder, store.is_local) as spool:
         ended = run_trials(

@@ -23,6 +23,7 @@ from pipelines import provenance
 from pipelines.cli import parse_with_file, to_toml
 from pipelines.config import Config, flat, identity, total_steps
 from pipelines.errors import UserError, run_command
+from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
 from pipelines.pretrain import main as pretrain_main
 from pipelines.ray_session import connect
@@ -233,8 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ready = read_search(argv)
     search = ready.search
     store = Store(search.run.storage).child(search.run.name)
-    with connect(address=search.scale.address):
-        ended, ranked = _run(ready, store)
+    with hold(store, f"search '{search.run.name}'") as lease, connect(address=search.scale.address):
+        ended, ranked = _run(ready, store, lease)
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{table(ranked, search.objective)}\n")
     print(f"search '{search.run.name}' {'finished' if ended else 'ended'} in {minutes:.1f} min")
@@ -251,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return final(search, ranked[0], store) if search.final else 0
 
 
-def _run(ready: _Ready, store: Store) -> tuple[bool, list[Ranked]]:
+def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]:
     """Runs the trials, with the search's own record.
 
     Returns:
@@ -286,6 +287,7 @@ def _run(ready: _Ready, store: Store) -> tuple[bool, list[Ranked]]:
         store.is_local,
         dict(journal.trials),
         StopSign.remote(),  # type: ignore[attr-defined]
+        lease,
     )
     with parent.own_record(folder, store.is_local) as spool:
         ended = run_trials(

@@ -15,6 +15,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 from mae_core.flops import step_flops
 from pipelines.config import Config, total_steps
 from pipelines.console import make_console
+from pipelines.lease import Lease
 from pipelines.pretrain import Images, describe, open_run, pretrain
 from pipelines.storage import Store
 from pipelines.tracking import write_record
@@ -46,6 +47,7 @@ class Study:
         followed: Whether the search's driver sends the record of its trials.
         past: What is known already of each trial, by the name of its run.
         stop: Actor that says when all is to end.
+        lease: The driver's, of the search's folder: without it nothing is written.
     """
 
     config: Config
@@ -58,6 +60,7 @@ class Study:
     followed: bool
     past: Mapping[str, Trial]
     stop: Any
+    lease: Lease | None = None
 
     @property
     def here(self) -> bool:
@@ -271,7 +274,7 @@ class _Run:
             tags = {**told.tags, "mae.kind": "trial", "mae.search": study.search}
             write_record(folder.path, told.model_copy(update={"tags": tags}), tracking_uri=study.tracking_uri)
             folder.push()
-            options = {"judged": True, "followed": study.followed, "here": study.here}
+            options = {"judged": True, "followed": study.followed, "here": study.here, "lease": study.lease}
             pretrain(config, study.images, self._console, **options)
         except BaseException as error:
             self._error = error

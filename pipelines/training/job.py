@@ -5,6 +5,7 @@ from typing import Any
 
 from pipelines.config import Config
 from pipelines.data.shards import Manifest
+from pipelines.lease import Lease
 
 
 class GoBackError(RuntimeError):
@@ -23,6 +24,7 @@ class Job:
         console: Actor that takes lines for the driver's terminal.
         judged: Whether the run waits at each of its probes until it is told at the console to go on, or to end there.
         followed: Whether somebody else sends the record to MLflow while the run lasts.
+        lease: That of the driver, without which nothing is written.
     """
 
     config: Config
@@ -32,3 +34,4 @@ class Job:
     console: Any
     judged: bool = False
     followed: bool = False
+    lease: Lease | None = None

@@ -1,7 +1,9 @@
 """What every Ray Train worker of a pretraining run does."""
 
+import contextlib
 import errno
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from pipelines.config import identity, identity_hash, total_steps
 from pipelines.data.feed import Feed, join_crew
 from pipelines.data.readers import MicroBatch
 from pipelines.errors import DIVERGED, FAILED, USAGE_ERROR, UserError
+from pipelines.lease import check_of
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
 from pipelines.training import checkpoint, nonfinite
@@ -108,7 +111,7 @@ class _Worker:
         )
         self.stream = make_stream(config, job.train, self.world_size, self.crew.groups)
         self.store = Store(config.run.storage).child(config.run.name)
-        self.folder = RunFolder(self.store) if self.rank == 0 else None
+        self.folder = RunFolder(self.store, check_of(job.lease)) if self.rank == 0 else None
         self.spool = ExportedSpool(self.folder.path, config.run.name) if self.folder else None
         if self.spool:
             self.spool.status("RUNNING")
@@ -124,9 +127,13 @@ class _Worker:
             job, self.steps, self.model, prober, self.unreadable, self.spool, self.folder, self.say
         )
         self.optimizer = make_optimizer(self.model, config.optim.weight_decay, config.optim.betas)
-        # A checkpoint without the points before it would lose them: nobody does these steps again.
         self.writer = Writer(
-            self.store.child("checkpoints"), config.checkpoint.keep, self._push, guard=self.progress.flush
+            self.store.child("checkpoints"),
+            config.checkpoint.keep,
+            self._push,
+            say=self.say,
+            guard=self._may_write,
+            patience_s=60 * config.checkpoint.patience_minutes,
         )
 
     def autocast(self) -> torch.autocast:
@@ -237,7 +244,7 @@ class _Worker:
             # of bad steps: the newest checkpoint is from before it.
             may_save = log_now and (not self.guard.row or done == self.steps)
             if may_save and (save_due or minutes >= config.checkpoint.every_minutes):
-                self._save(done)
+                self._save(done, wait=done == self.steps or stops or not goes_on)
                 save_due = False
             if stops or not goes_on:
                 assert self.reading is not None
@@ -333,9 +340,13 @@ class _Worker:
 
     # ---- what stands around the steps
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, *, wait: bool = True) -> None:
+        """Saves, after the checkpoint that is still on its way; or later, as soon as that is there."""
         self.last_save = time.perf_counter()
         if self.rank != 0:
+            return
+        if self.writer.busy and not wait:
+            self.last_save = -math.inf
             return
         values = identity(self.config, self.job.train.digest)
         state = {
@@ -348,6 +359,11 @@ class _Worker:
             "torch": torch.__version__,
         }
         self.writer.save(done, self.model, self.optimizer, state)
+
+    def _may_write(self) -> None:
+        check_of(self.job.lease)()
+        # A checkpoint without the points before it would lose them: nobody does these steps again.
+        self.progress.flush()
 
     def _push(self) -> None:
         if self.folder:
@@ -409,5 +425,7 @@ class _Worker:
         if self.follower and not self.follower.stop(timeout_s=20.0) and not self.store.is_local:
             # Where the folder is here, the driver tries once more, and says it.
             self.say(f"warning: MLflow lacks some of the record, which is whole in {self.store.location}")
+        self.writer.close()
         if self.folder:
-            self.folder.push()
+            with contextlib.suppress(OSError, UserError):  # what ends the run has been told already
+                self.folder.push()

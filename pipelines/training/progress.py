@@ -42,7 +42,7 @@ class Progress:
         self._config, self._steps, self._num_samples = config, steps, num_samples
         self._unreadable, self._device, self._spool, self._say = unreadable, device, spool, say
         self._began = 0.0
-        self._recorder = Recorder(say)
+        self._recorder = Recorder(say, 60 * config.checkpoint.patience_minutes)
         self._tracking_s: list[float] = []
         self._held: list[tuple[int, dict[str, float]]] = []
 

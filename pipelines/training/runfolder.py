@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ class RunFolder:
 
     Args:
         store: The run's folder.
+        guard: Called before anything is sent; raises where this must not be.
     """
 
-    def __init__(self, store: Store):
-        self._store = store
+    def __init__(self, store: Store, guard: Callable[[], None] = lambda: None):
+        self._store, self._guard = store, guard
         if store.is_local:
             self.path = store.local()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -52,6 +54,7 @@ class RunFolder:
         """Sends the files to the run's storage, where that is another place."""
         if self._store.is_local:
             return
+        self._guard()
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             if path.is_file() and (name in _FILES or name.startswith(("pictures/", "tables/"))):

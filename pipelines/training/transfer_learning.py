@@ -19,6 +19,7 @@ from pipelines.data.feed import Feed
 from pipelines.data.plan import Cut
 from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
+from pipelines.lease import check_of
 from pipelines.storage import Store
 from pipelines.training import checkpoint
 from pipelines.training.scores import read_scored, seed_folder, write_scored
@@ -278,8 +279,8 @@ class Learning:
             }
             if state.average:
                 tensors["average.safetensors"] = state.average.state_dict()
-            checkpoints = training.store.child("checkpoints")
-            checkpoint.write(checkpoints, step, tensors, {"format": "pt"}, {"seconds": seconds})
+            checkpoints, lease = training.store.child("checkpoints"), self.worker.job.lease
+            checkpoint.write(checkpoints, step, tensors, {"format": "pt"}, {"seconds": seconds}, check_of(lease))
             checkpoint.prune(checkpoints, 2, step)
 
     @torch.inference_mode()

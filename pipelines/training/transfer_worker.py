@@ -21,6 +21,7 @@ from pipelines.data.feed import join_crew
 from pipelines.data.plan import Cut, Members, Plan
 from pipelines.data.readers import MicroBatch, Stream, View
 from pipelines.data.shards import Manifest
+from pipelines.lease import Lease, check_of
 from pipelines.reading import ReadPolicy
 from pipelines.spool import Spool
 from pipelines.storage import Store
@@ -46,6 +47,7 @@ class TransferJob:
         num_classes: Of their labels, or of their masks.
         store: The transfer's folder.
         console: Actor that takes lines for the driver's terminal.
+        lease: That of the driver, without which no checkpoint is written.
     """
 
     transfer: Transfer
@@ -56,6 +58,7 @@ class TransferJob:
     num_classes: int
     store: Store
     console: Any
+    lease: Lease | None = None
 
 
 class Worker:
@@ -70,7 +73,7 @@ class Worker:
             self.rank, self.world_size, num_cpus=job.transfer.data.cpus_per_task, broadcast=self.agree
         )
         self.num_classes = job.num_classes
-        self.folder = RunFolder(job.store) if self.rank == 0 else None
+        self.folder = RunFolder(job.store, check_of(job.lease)) if self.rank == 0 else None
         self.spool = Spool(self.folder.path) if self.folder else None
         if self.spool:
             self.spool.status("RUNNING")

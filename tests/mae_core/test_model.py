@@ -6,6 +6,7 @@ import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
+from benchmarks.step_arms import transformers_state
 from mae_core.masking import num_kept, random_masking
 from mae_core.model import MaskedAutoencoder
 from mae_core.targets import normalize_patches, patchify, unpatchify
@@ -37,42 +38,6 @@ def randomize(model: torch.nn.Module) -> None:
                 parameter.normal_(std=0.2, generator=generator)
 
 
-# transformers' name for each of ours; it splits q, k and v.
-NAMES = {
-    "encoder.cls_token": "vit.embeddings.cls_token",
-    "encoder.pos_embed": "vit.embeddings.position_embeddings",
-    "encoder.patch_embed.proj.": "vit.embeddings.patch_embeddings.projection.",
-    "encoder.norm.": "vit.layernorm.",
-    "encoder.blocks.": "vit.layers.",
-    "decoder_embed.": "decoder.decoder_embed.",
-    "mask_token": "decoder.mask_token",
-    "decoder_pos_embed": "decoder.decoder_pos_embed",
-    "decoder_blocks.": "decoder.decoder_layers.",
-    "decoder_norm.": "decoder.decoder_norm.",
-    "decoder_pred.": "decoder.decoder_pred.",
-}
-
-
-def their_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our state (or gradients) under transformers' names."""
-    inside = {
-        ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after.", ".attn.proj.": ".attention.o_proj.",
-        ".mlp.fc1.": ".mlp.fc1.", ".mlp.fc2.": ".mlp.fc2.",
-    }  # fmt: skip
-    theirs = {}
-    for name, tensor in tensors.items():
-        ours, other = next(pair for pair in NAMES.items() if name.startswith(pair[0]))
-        name = other + name.removeprefix(ours)
-        if ".attn.qkv." in name:
-            for part, letter in zip(tensor.chunk(3), "qkv", strict=True):
-                theirs[name.replace(".attn.qkv.", f".attention.{letter}_proj.")] = part
-            continue
-        for old, new in inside.items():
-            name = name.replace(old, new)
-        theirs[name] = tensor
-    return theirs
-
-
 @pytest.mark.parametrize("target", ["raw", "normalized"])
 def test_equal_to_transformers(target):
     ours = small_model(target=target)
@@ -85,7 +50,7 @@ def test_equal_to_transformers(target):
         )
     )  # fmt: skip
     randomize(ours)
-    theirs.load_state_dict(their_tensors(dict(ours.state_dict())), strict=True)
+    theirs.load_state_dict(transformers_state(dict(ours.state_dict())), strict=True)
 
     images_BCHW, noise_BN = random_images(3, 3, 16, 16), random_noise(3, 16)
     out, expected = ours(images_BCHW, noise_BN), theirs(images_BCHW, noise=noise_BN)
@@ -98,7 +63,7 @@ def test_equal_to_transformers(target):
     torch.testing.assert_close(out["pred"], logits_BMP, rtol=1e-5, atol=1e-5)
     gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    gradients = their_tensors(gradients)
+    gradients = transformers_state(gradients)
     assert gradients.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipelines.data.readers import MicroBatch
 from pipelines.storage import Store
-from pipelines.training import transfer_learning
+from pipelines.training import checkpoint, transfer_learning
 from pipelines.training.scores import confusion, read_scored, summarise, top1
 from pipelines.training.transfer_learning import Learning, Training
 from pipelines.transfer_config import Transfer, TransferTrain
@@ -66,7 +66,7 @@ class Worker:
         self.transfer = Transfer(
             protocol="finetune", seeds=seeds, checkpoint_minutes=1e-9, train=TransferTrain(**values)
         )
-        self.job = SimpleNamespace(store=store, train=TRAIN, test=TEST)
+        self.job = SimpleNamespace(store=store, train=TRAIN, test=TEST, lease=None)
         self.steps_left, self.said, self.evaluated = steps, [], []
 
     def members(self, _seed: int) -> np.ndarray:
@@ -134,6 +134,27 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path, ema):
     killed = trained(Store(str(tmp_path / "killed")), 2, 3, ema=ema)
     assert whole.keys() == killed.keys() == {"1.weight", "1.bias"}
     assert all(torch.equal(value, killed[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "average.safetensors", "manifest.json"])
+def test_a_broken_checkpoint_is_passed_over_and_said_so(tmp_path, file):
+    whole = trained(Store(str(tmp_path / "whole")), ema=0.9)
+    store, training = Store(str(tmp_path / "broken")), Training(3, 1.0, Store(str(tmp_path / "broken")), "seed 3", "")
+    with pytest.raises(KilledError):
+        learning(Worker(store, 5, ema=0.9)).train(training)
+    newest, older = checkpoint.steps(store.child("checkpoints"))
+    path = store.child("checkpoints").child(checkpoint.folder_name(newest)).local(file)
+    # As where it was killed before the manifest was written, or where the disk gives back other bytes.
+    path.unlink() if file == "manifest.json" else path.write_bytes(
+        bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]
+    )
+    last = Worker(store, ema=0.9)
+    model = learning(last).train(training).model.state_dict()
+    assert all(torch.equal(value, model[name]) for name, value in whole.items())
+    warning, continuing = last.said[:2]
+    assert warning.startswith(f"warning: checkpoint {checkpoint.folder_name(newest)} ")
+    assert file in warning
+    assert f"continuing from the checkpoint of step {older}" in continuing
 
 
 def test_the_averaged_weights_are_scored(tmp_path):

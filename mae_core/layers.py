@@ -1,0 +1,115 @@
+"""Layers of a Vision Transformer as fast as this processor does them; their parameters and results are PyTorch's.
+
+PyTorch gives float32 products on x86 to MKL, which on processors of other makers than its own leaves AVX-512 alone:
+half of their arithmetic lies idle. oneDNN, to which PyTorch gives those of bfloat16, asks the processor what it can do.
+The results are the same up to the order of sums.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention
+from torch import nn
+from torch.utils.flop_counter import register_flop_formula
+
+# An operator of our own, so that a compiler leaves the operands as they lie: a transpose is not worth a copy.
+_OPERATORS = torch.library.Library("mae_core", "DEF")
+_OPERATORS.define("linear(Tensor values, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
+_linear = torch.ops.mae_core.linear.default
+
+
+@torch.library.impl(_OPERATORS, "linear", "CPU")
+def _(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")
+
+
+@torch.library.register_fake("mae_core::linear")
+def _(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001
+    return values.new_empty((*values.shape[:-1], weight.shape[0]))
+
+
+def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    values, weight = ctx.saved_tensors
+    grad = grad.reshape(-1, weight.shape[0])
+    of_values, of_weight, of_bias = ctx.needs_input_grad
+    return (
+        _linear(grad, weight.t(), None).view(values.shape) if of_values else None,
+        _linear(grad.t(), values.reshape(-1, weight.shape[1]).t(), None) if of_weight else None,
+        grad.sum(dim=0) if of_bias else None,
+    )
+
+
+torch.library.register_autograd("mae_core::linear", _backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.mae_core.linear)
+def _(values_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * torch.Size(values_shape).numel() * weight_shape[0]
+
+
+_FASTER = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def linear(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``nn.functional.linear``; in float32 on a CPU with AVX-512 by oneDNN.
+
+    Args:
+        values: [..., I].
+        weight: [O, I].
+        bias: [O], or None.
+
+    Returns:
+        [..., O].
+    """
+    if (
+        _FASTER
+        and values.device.type == "cpu"
+        and values.dtype == weight.dtype == torch.float32
+        and values.numel()
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return _linear(values, weight, bias)
+    return nn.functional.linear(values, weight, bias)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` with that product."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As ``nn.Linear.forward``."""
+        return linear(input, self.weight, self.bias)
+
+
+class SelfAttention(Attention):
+    """timm's attention without its options: scaled-dot-product attention, with two ways that are faster on a CPU."""
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """As ``Attention.forward``, for tokens [B, T, D] that all see each other."""
+        assert attn_mask is None, "all tokens see each other"
+        assert not is_causal, "all tokens see each other"
+        B, T, D = x.shape
+        # Cut along the third axis, the three gradients come back as one tensor in the layer's own order.
+        query, key, value = (
+            part.transpose(1, 2) for part in self.qkv(x).view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        )
+        slow = x.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
+        if slow or not self.fused_attn:
+            # The fused backward takes four times as long there as plain products.
+            weights = ((query * self.scale) @ key.transpose(2, 3)).softmax(dim=-1, dtype=query.dtype)
+            mixed = weights @ value
+        else:
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).reshape(B, T, D))
+
+
+def use_fast_layers(model: nn.Module) -> None:
+    """Turns the plain linear layers and attentions of a model into those of this file, parameters and keys kept."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+        elif type(module) is Attention:
+            module.__class__ = SelfAttention

@@ -1,0 +1,46 @@
+"""The benchmark of the step, on tiny images."""
+
+import json
+
+import pytest
+
+from benchmarks.step import main
+from pipelines.errors import UserError
+
+ARMS = ["float32", "transformers_float32", "official_style_float32"]
+
+
+def test_tiny_steps(tmp_path, capsys):
+    path = tmp_path / "step.json"
+    small = [
+        "--models",
+        "vit_tiny_patch16_224",
+        "--threads",
+        "1",
+        "--image-size",
+        "32",
+        "--batch",
+        "2",
+        "--rounds",
+        "2",
+    ]
+    assert main([*small, "--device", "cpu", "--only", *ARMS, "--json", str(path)]) == 0
+    result = json.loads(path.read_text())["models"]["vit_tiny_patch16_224"]["1"]
+    assert result["loss_equal"]
+    assert {"over_transformers", "over_official_style", "memory_over_transformers"} <= result.keys()
+    assert "compiled_over_transformers" not in result  # of arms that were not measured nothing is said
+    arms = result["details"]["arms"]
+    assert arms.keys() == set(ARMS)
+    losses = {name: (arm["first_loss"], arm["last_loss"]) for name, arm in arms.items()}
+    assert all(last < first for first, last in losses.values()), "nothing was learned, so nothing was compared"
+    # Theirs project and predict what ours leaves out.
+    assert arms["float32"]["gflops"] < arms["transformers_float32"]["gflops"]
+    assert all(arm["memory_mib"] > 300 for arm in arms.values())  # 27 M parameters and what AdamW keeps of them
+    assert "over_transformers" in capsys.readouterr().out
+
+
+def test_wrong_flags_are_one_line():
+    with pytest.raises(UserError, match="rounds"):
+        main(["--rounds", "0"])
+    with pytest.raises(UserError, match="only"):
+        main(["--only", "float16"])

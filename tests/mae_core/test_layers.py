@@ -1,0 +1,79 @@
+"""Layers that are fast on this processor give what PyTorch's and timm's give."""
+
+import copy
+
+import pytest
+import torch
+from timm.layers.attention import Attention
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mae_core.layers import Linear, SelfAttention, linear, use_fast_layers
+from mae_core.model import MaskedAutoencoder
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(function, *tensors, grad):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    out = function(*leaves)
+    out.backward(grad.to(out.dtype))
+    return out, *(leaf.grad for leaf in leaves)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 5, 7), (0, 7)])
+def test_linear_is_pytorchs(shape):
+    values, weight, bias, grad = random(*shape), random(11, 7), random(11), random(11, *shape[:-1])
+    grad = grad.movedim(0, -1)  # as it may lie in memory behind a transpose
+    for function in (linear, lambda *tensors: linear(*tensors).contiguous()):
+        found = gradients(function, values, weight, bias, grad=grad)
+        torch.testing.assert_close(found, gradients(nn.functional.linear, values, weight, bias, grad=grad))
+    found = gradients(lambda values: linear(values, weight), values, grad=grad)
+    torch.testing.assert_close(found, gradients(lambda values: nn.functional.linear(values, weight), values, grad=grad))
+
+
+def test_the_products_of_linear_are_counted():
+    values = random(2, 5, 7).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        linear(values, random(11, 7).requires_grad_()).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 2 * 5 * 7 * 11
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="MKL is as fast without AVX-512")
+def test_float32_products_are_onednns_and_bfloat16_autocast_is_as_ever():
+    layer = Linear(7, 11)
+    with torch.profiler.profile() as profile:
+        layer(random(3, 7)).sum().backward()
+    assert "mkldnn::_linear_pointwise" in {event.name for event in profile.events()}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(random(3, 7)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_attention_is_timms(bfloat16):
+    theirs = Attention(24, num_heads=3, qkv_bias=True)
+    ours = copy.deepcopy(theirs)
+    use_fast_layers(ours)
+    assert type(ours) is SelfAttention
+    assert type(ours.qkv) is Linear
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    tokens, grad = random(2, 5, 24), random(2, 5, 24, seed=1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        found, expected = (gradients(attention, tokens, grad=grad) for attention in (ours, theirs))
+    assert found[0].dtype == expected[0].dtype
+    tolerance = {"rtol": 0.05, "atol": 0.02} if bfloat16 else {}
+    torch.testing.assert_close(found, expected, **tolerance)
+    parameters = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, parameters[name].grad, **tolerance)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        torch.testing.assert_close(ours(tokens), theirs(tokens), **tolerance)
+
+
+def test_a_model_has_them_in_encoder_and_decoder():
+    model = MaskedAutoencoder("vit_tiny_patch16_224", image_size=32, decoder_width=16, decoder_depth=1, decoder_heads=2)
+    kinds = {type(module) for module in model.modules()}
+    assert {Linear, SelfAttention} <= kinds
+    assert not {nn.Linear, Attention} & kinds
