@@ -95,7 +95,8 @@ def make_step(config: Config, kind: Kind, device: torch.device) -> tuple[Step, S
     keys_B = mask_keys(config.run.seed, batch.epoch_B, batch.sample_B, batch.repeat).to(device)
     noise_BN = ours.masking.noise(keys_B)
     if kind.code == "transformers":
-        theirs: Any = make_transformers(ours).to(device)
+        theirs = make_transformers(ours)
+        theirs.to(device)
         optimizer = torch.optim.AdamW(parameter_groups(theirs, DECAY), lr=LR, betas=BETAS, fused=True)
 
         def loss() -> torch.Tensor:
@@ -120,20 +121,21 @@ def make_step(config: Config, kind: Kind, device: torch.device) -> tuple[Step, S
     return step, step
 
 
-def make_transformers(ours: MaskedAutoencoder) -> ViTMAEForPreTraining:
+def make_transformers(ours: MaskedAutoencoder) -> Any:
     """Transformers' model of the same sizes with the same weights, with scaled-dot-product attention."""
     block: Any = ours.encoder.blocks[0]
     inner: Any = ours.decoder_blocks[0]
-    theirs = ViTMAEForPreTraining(
+    theirs: Any = ViTMAEForPreTraining(
         ViTMAEConfig(
             image_size=ours.image_size[0], patch_size=ours.patch_size, num_channels=ours.channels,
             hidden_size=ours.width, num_hidden_layers=len(ours.encoder.blocks), num_attention_heads=ours.num_heads,
             intermediate_size=block.mlp.fc1.out_features, decoder_hidden_size=ours.decoder_embed.out_features,
             decoder_num_hidden_layers=len(ours.decoder_blocks), decoder_num_attention_heads=ours.decoder_heads,
             decoder_intermediate_size=inner.mlp.fc1.out_features, layer_norm_eps=1e-6,
-            mask_ratio=ours.masking.mask_ratio, norm_pix_loss=True, attn_implementation="sdpa",
+            mask_ratio=ours.masking.mask_ratio, norm_pix_loss=True,
         )
     )  # fmt: skip
+    assert theirs.config._attn_implementation == "sdpa"
     theirs.load_state_dict(transformers_state(dict(ours.state_dict())), strict=True)
     return theirs.train()
 
