@@ -39,7 +39,7 @@ from pipelines.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 NODES, WORKERS = 3, 2
-GLOBAL_SIZE, LOG_EVERY, SAVE_EVERY = 128, 5, 20  # images a step, steps, steps
+GLOBAL_SIZE, LOG_EVERY, SAVE_EVERY = 64, 5, 20  # images a step, steps, steps
 SHARDS, RUNS = f"s3://{BUCKET}/digits", f"s3://{BUCKET}/runs"
 PATIENCE_S = 300.0  # nothing that is waited for may take longer
 KEEP_EVERY_S = 5.0
