@@ -37,7 +37,7 @@ check: install ## lint, format, types
 	.venv/bin/ruff format --check .
 	.venv/bin/basedpyright --level error
 
-bench: install ## measure a training step on this machine
+bench: install ## measure training steps on this machine, in some 20 minutes
 	$(RUN) -m benchmarks.step
 
 mlflow: install ## open the record of the runs in runs/ in the MLflow UI on port 5000

@@ -129,7 +129,7 @@ def _measure(args: Step, model: str, threads: int, device: str) -> dict[str, _Me
     # One process imports, and the arms are its copies.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.step_arms"])
-    arms: dict[str, tuple[Connection, Any]] = {}
+    arms: dict[str, tuple[Any, Any]] = {}
     try:
         for name in args.only:
             here, there = context.Pipe()
@@ -174,7 +174,7 @@ def _arm(pipe: Connection, name: str, args: Step, model: str, threads: int, devi
     before = _memory_mib("VmRSS")
 
     def timed(step: Callable[[], float], steps: int) -> tuple[float, float, float]:
-        start, cpu = time.perf_counter(), time.process_time()
+        loss, start, cpu = 0.0, time.perf_counter(), time.process_time()
         for _ in range(steps):
             loss = step()
         if device.type == "cuda":
@@ -255,6 +255,7 @@ def _result(measured: dict[str, _Measured], device: str) -> dict[str, Any]:
             "arms": {
                 name: {
                     "seconds": summary(seconds[name]),
+                    "cpu_seconds": summary([one.turns[r][0] * one.turns[r][1] for r in kept]),
                     "gflops": one.gflops,
                     "first_loss": one.loss,
                     "last_loss": one.turns[-1][2],

@@ -138,7 +138,9 @@ def _grid(keys_B: torch.Tensor, grid_size: GridSize, num_keep: int) -> torch.Ten
             f"mask 'grid' keeps one patch of each 2x2: it needs a mask ratio of 0.75 and an even grid, found "
             f"{num_keep} of {H}x{W} patches kept"
         )
-    place_HW = torch.tensor([[0, 1], [2, 3]], device=keys_B.device).repeat(H // 2, W // 2)
+    # Counted on the device: a GPU would be waited for, to give it a table.
+    row_H1, column_W = torch.arange(H, device=keys_B.device)[:, None], torch.arange(W, device=keys_B.device)
+    place_HW = 2 * (row_H1 % 2) + column_W % 2
     kept_B = mask_noise(keys_B, 4).argmin(dim=1)
     return (place_HW.flatten() != kept_B[:, None]).long()
 

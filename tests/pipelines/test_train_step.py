@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mae_core.masking import Masking
 from mae_core.optim import make_optimizer
 from pipelines.config import Config
 from pipelines.data.plan import Cut
@@ -15,15 +17,8 @@ from pipelines.training.build import build_model, make_trainer
 from pipelines.training.dry_run import random_batch
 from pipelines.training.step import train_step
 
-# What needs a value, or a shape that hangs on values, on the host.
-ASKING = {
-    "aten::_local_scalar_dense",
-    "aten::item",
-    "aten::nonzero",
-    "aten::is_nonzero",
-    "aten::equal",
-    "aten::unique2",
-}
+# What needs a value on the host, or a shape that hangs on values.
+ASKING = {f"aten::{name}" for name in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_unique2")}
 
 
 class Asked(TorchDispatchMode):
@@ -79,6 +74,16 @@ def test_a_step_asks_the_host_nothing_and_has_one_shape(options):
     assert len(steps[0]) > 100
 
 
+@pytest.mark.parametrize("mask", ["random", "block", "grid"])
+def test_masks_are_made_on_the_device_alone(mask):
+    masking = Masking(mask, (4, 4), 0.75)
+    keys_B = torch.arange(3)
+    with Asked() as told:
+        masking.noise(keys_B)
+    assert not told.asked
+    assert "aten::lift_fresh" not in {name for name, _ in told.calls}, "a table was brought from the host"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_step_on_a_gpu_never_waits_for_it():
     trainer, batches = trainer_of(torch.device("cuda"), target="normalized")
@@ -116,4 +121,4 @@ def _two_compiled_workers(rank, folder):
 
 @pytest.mark.chaos
 def test_compiled_workers_do_the_same_steps_and_compile_once(tmp_path):
-    torch.multiprocessing.spawn(_two_compiled_workers, (str(tmp_path),), nprocs=2)
+    spawn(_two_compiled_workers, (str(tmp_path),), nprocs=2)
