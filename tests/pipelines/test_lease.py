@@ -269,7 +269,7 @@ def test_a_store_that_is_away_ends_no_holder(request, begin, tmp_path):
         assert holds(holder)
         before = json.loads(store.read(FILE))
         proxy.close_door()
-        time.sleep(4.0)
+        time.sleep(15.0)  # longer than a heartbeat is tried
         assert holder.poll() is None
         proxy.open_door()
         wait_until(lambda: json.loads(store.read(FILE))["beats"] > before["beats"] + 2, 60, lambda: "no heartbeat")
