@@ -39,7 +39,7 @@ from pipelines.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 NODES, WORKERS = 3, 2
-GLOBAL_SIZE, LOG_EVERY, SAVE_EVERY = 128, 5, 20  # images a step, steps, steps
+GLOBAL_SIZE, LOG_EVERY, SAVE_EVERY = 64, 5, 20  # images a step, steps, steps
 SHARDS, RUNS = f"s3://{BUCKET}/digits", f"s3://{BUCKET}/runs"
 PATIENCE_S = 300.0  # nothing that is waited for may take longer
 KEEP_EVERY_S = 5.0
@@ -106,7 +106,10 @@ def flags(name: str, ids: Path) -> list[str]:
         # More than half of a node: a worker has a node to itself.
         "scale.cpus-per-worker": 1.2,
     }  # fmt: skip
-    return [part for key, value in values.items() for part in (f"--{key}", str(value))] + ["--log.ids"]
+    return [part for key, value in values.items() for part in (f"--{key}", str(value))] + [
+        "--log.ids",
+        "--probe.no-at-start",
+    ]
 
 
 class Run:
@@ -171,8 +174,13 @@ class Run:
         return max((line["step"] for line in lines if line and line["began"] > since), default=-1)
 
     def wait_for(self, step: int) -> None:
-        """Waits until a step has been begun."""
-        wait_until(lambda: self.step() >= step, PATIENCE_S, self.told)
+        """Waits until a step has been begun.
+
+        Raises:
+            TimeoutError: For too long there was no new one.
+        """
+        while (now := self.step()) < step:
+            wait_until(lambda now=now: self.step() > now, PATIENCE_S, self.told)
 
     def stop(self) -> None:
         """Stops the job; its last checkpoint is where it would go on."""

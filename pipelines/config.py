@@ -6,9 +6,10 @@ function here or where it is used, never a field.
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
+import tyro
 from pydantic import Field
 
 from pipelines.errors import UserError
@@ -111,8 +112,9 @@ class Batch(Section):
 
     global_size: int = Field(default=4096, gt=0)
     """Images an optimiser step, over all workers: part of what defines the result."""
-    micro_size: int = Field(default=64, gt=0)
-    """Largest number of images that a worker takes at once; the rest is accumulated."""
+    micro_size: int = Field(default=64, ge=0)
+    """Largest number of images that a worker takes at once; the rest is accumulated. 0: looked for once, the largest
+    that fits into the GPU, or the fastest on a CPU."""
 
 
 class Optim(Section):
@@ -139,6 +141,8 @@ class Train(Section):
     """auto: bfloat16 autocast on a GPU, float32 on a CPU."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    checkpoint_activations: bool = False
+    """Compute the blocks' activations anew in the backward pass instead of keeping them: less memory, slower."""
 
 
 class Scale(Section):
@@ -236,6 +240,8 @@ class Log(Section):
     """Images in the reconstruction picture; 0: no picture."""
     ids: bool = False
     """Write the sample ids of every step to ids/ in the run's folder: a proof of the order, for audits."""
+    profile: Annotated[bool, tyro.conf.arg(aliases=["--profile"])] = False
+    """Write a torch.profiler trace of ten steps, and a table of the slowest operators, as artifacts of the run."""
     ids_folder: str = ""
     """Folder for log.ids that all workers share, where run.storage is remote; empty: ids/ in the run's folder."""
 
@@ -300,7 +306,9 @@ def flat(section: pydantic.BaseModel, prefix: str = "") -> dict[str, Any]:
 
 # What decides the numbers that a run produces: all but where it runs, how often it tells and where things lie.
 _RESULT = ("run.seed", "run.init_from", "data.", "model.", "batch.global_size", "optim.", "train.")
-_NOT_RESULT = ("data.train", "data.deadline_s", "data.cpus_per_task", "train.compile")
+_NOT_RESULT = (
+    "data.train", "data.deadline_s", "data.cpus_per_task", "train.compile", "train.checkpoint_activations",
+)  # fmt: skip
 # The keys that the first runs had. None is ever added: a younger key is left out of an identity where it has its
 # default, so that a run from before it stays the run that it was.
 _FIRST = frozenset((

@@ -22,10 +22,12 @@ from pipelines.config import Config
 from pipelines.data.shards import load_manifest
 from pipelines.errors import UserError, run_command
 from pipelines.estimation import Estimate, Rates, Work, estimate, plan_work
+from pipelines.training import micro_size
 from pipelines.training.build import make_stream
-from pipelines.training.dry_run import StepRate, measure_decoding, measure_step
+from pipelines.training.dry_run import StepRate, cpu_threads, measure_decoding, measure_step
 
 PROG = "python -m pipelines.estimate"
+_UNKNOWN_ROWS = 64  # of a micro-batch that is left open where there is nothing to look for it on
 _BUSY = 0.8  # share of its cores' time that a step must get to count as undisturbed
 
 
@@ -58,11 +60,18 @@ def measure(args: Args, work: Work) -> tuple[StepRate | None, Rates]:
     """
     scale, cores = args.scale, len(os.sched_getaffinity(0))
     here = workers_here(args, cores)
-    stream = make_stream(args, load_manifest(args.data.train), scale.workers)
-    step = None
-    if not args.images_per_s and (torch.cuda.is_available() or not scale.gpu):
-        device = torch.device("cuda" if scale.gpu else "cpu")
-        step = measure_step(args, stream.cut, device, threads=max(1, cores // here), seconds=args.seconds)
+    config, device = args, torch.device("cuda" if scale.gpu else "cpu")
+    measured = not args.images_per_s and (torch.cuda.is_available() or not scale.gpu)
+    threads = max(1, cores // here)
+    if not args.batch.micro_size:
+        rows = _UNKNOWN_ROWS
+        if measured:
+            with cpu_threads(threads):
+                limit = -(-args.batch.global_size // scale.workers)
+                rows = micro_size.find(args, device, limit=limit, memory_share=1 / here)
+        config = micro_size.with_micro_size(args, rows)
+    stream = make_stream(config, load_manifest(args.data.train), scale.workers)
+    step = measure_step(config, stream.cut, device, threads=threads, seconds=args.seconds) if measured else None
     decode = measure_decoding(stream, work.steps, seconds=args.seconds)
     spare = cores / here - scale.cpus_per_worker
     # Of a machine without GPUs nothing follows for one with them; and one too small for a worker is not the run's.

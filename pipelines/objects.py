@@ -130,6 +130,8 @@ def _bucket(uri: str, attempts: int) -> tuple[pafs.FileSystem, str]:
             | {
                 "connect_timeout": _CONNECT_TIMEOUT_S,
                 "request_timeout": _REQUEST_TIMEOUT_S,
+                # Else parts that wait to be sent are copied, without a limit: as much memory as the file is large.
+                "background_writes": False,
                 "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
             }
         )

@@ -77,6 +77,11 @@ class _Progress(ray.tune.Callback):
         self._journal, self._study, self._planned, self._learned = journal, study, planned, learned
         self._shown: dict[str, int] = {}  # the last step of each trial
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # Tune writes its callbacks down, to go on with them; a search goes on from its journal, and a record that is
+        # being written cannot be pickled.
+        return ray.tune.Callback, ()
+
     def _say(self, trial: TuneTrial, text: str) -> None:
         name = self._study.cell(trial.config).name
         number = list(self._journal.trials).index(name) + 1

@@ -278,3 +278,6 @@ class _Run:
             pretrain(config, study.images, self._console, **options)
         except BaseException as error:
             self._error = error
+        finally:
+            # Who waits for a stop would wait for ever, and keep the console's process beside those of later trials.
+            self._console.stop.remote()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mae_core import weights
+from mae_core.checkpointing import checkpoint_activations
 from mae_core.images import normalize
 from mae_core.masking import Masking
 from mae_core.model import MaskedAutoencoder
@@ -25,14 +26,14 @@ _FIT_ROWS = 64
 
 
 def build_model(config: Config) -> MaskedAutoencoder:
-    """The model that a configuration describes, on the current default device.
+    """The model that a configuration describes, on the current default device, as it is trained.
 
     Raises:
         UserError: Its parts do not go together.
     """
     model = config.model
     try:
-        return MaskedAutoencoder(
+        built = MaskedAutoencoder(
             model.arch,
             image_size=config.data.image_size,
             patch_size=model.patch_size or None,
@@ -48,6 +49,9 @@ def build_model(config: Config) -> MaskedAutoencoder:
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
+    if config.train.checkpoint_activations:
+        checkpoint_activations(built)
+    return built
 
 
 def make_stream(config: Config, manifest: Manifest, world_size: int, groups: int = 1) -> Stream:

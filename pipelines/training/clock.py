@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
@@ -14,20 +15,19 @@ class StepClock:
     """Adds up what each part of a step takes; the loop asks once in a while.
 
     On a CPU every step is timed. On a GPU events are put among the kernels of one step between two readings, the
-    second: after the first one's reading the host has to get ahead again. Nobody waits for them: whoever reads has
-    waited for the device already, since it has the losses. So the data's part is how long the device had to wait for it, not
-    how long the host did.
+    second: in the first the host has to get ahead again. Nobody waits for them: whoever reads has waited for the device
+    already, since it has the losses. So the data's part is how long the device had to wait, not the host.
 
     Args:
         device: Where the steps compute.
     """
 
     def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._restart()
 
     def _restart(self) -> None:
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._last = 0.0
         self._steps = 0
         self._events: list[tuple[str, Any]] = []
@@ -51,7 +51,7 @@ class StepClock:
             self._last = now
         elif self._steps <= 2:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._events.append((part, event))
 
     def take(self) -> dict[str, float]:
@@ -73,7 +73,7 @@ class StepClock:
         model.register_comm_hook(self, _all_reduce)
 
 
-def _all_reduce(clock: StepClock, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _all_reduce(clock: StepClock, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The mean of gradients over the workers, bit for bit as DDP takes it without a hook."""
     if bucket.is_last():
         clock.mark("backward")

@@ -42,7 +42,8 @@ class StepRate:
 
 
 @contextlib.contextmanager
-def _threads(num: int) -> Iterator[None]:
+def cpu_threads(num: int) -> Iterator[None]:
+    """PyTorch with this number of CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(num)
     try:
@@ -83,7 +84,7 @@ def measure_step(config: Config, cut: Cut, device: torch.device, *, threads: int
     """
     before = _peak_bytes(device)
     try:
-        with _threads(threads):
+        with cpu_threads(threads):
             turns, times = _timed_steps(config, cut, device, seconds)
     except torch.OutOfMemoryError:
         raise UserError(
@@ -146,7 +147,7 @@ def measure_decoding(stream: Stream, steps: int, *, seconds: float) -> float:
             yield from read_blocks(stream, [layout.micro_batches(first, 0, block) for block in task])
 
     images = 0
-    with _threads(1):
+    with cpu_threads(1):
         for _ in itertools.islice(blocks(), 1):
             pass
         start, stop = time.process_time(), time.monotonic() + seconds

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import ray
@@ -25,13 +26,14 @@ from pipelines.errors import DIVERGED, FAILED, USAGE_ERROR, UserError
 from pipelines.lease import check_of
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
-from pipelines.training import checkpoint, nonfinite
+from pipelines.training import checkpoint, micro_size, nonfinite
 from pipelines.training.build import build_model, fit_target, initial_weights, make_stream, make_trainer
 from pipelines.training.evaluation import Evaluation
 from pipelines.training.exporting import ExportedSpool
 from pipelines.training.guard import BAD_STEPS_IN_A_ROW, Guard
 from pipelines.training.job import GoBackError, Job
 from pipelines.training.probing import Prober
+from pipelines.training.profiling import PROFILE, Profile
 from pipelines.training.progress import Progress
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import Trainer, autocast, train_step
@@ -91,14 +93,19 @@ class _Worker:
     """One rank of a run: its share of the data, its replica of the model, and on rank 0 the record."""
 
     def __init__(self, job: Job):
-        config, context = job.config, ray.train.get_context()
-        self.job, self.config = job, config
+        context = ray.train.get_context()
+        self.job = job
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             # Ray sets one thread a worker; the workers of a node share its cores.
             cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(config.scale.threads or max(1, cores // context.get_local_world_size()))
+            torch.set_num_threads(job.config.scale.threads or max(1, cores // context.get_local_world_size()))
+        self.store = Store(job.config.run.storage).child(job.config.run.name)
+        config, found = micro_size.resolve(job.config, self.store, self.device, context.get_local_world_size())
+        self.config = config
+        if found:
+            self.say(found)
         self.steps = total_steps(config, job.train.num_samples)
         per_node = config.scale.executions
         self.crew = join_crew(
@@ -110,17 +117,18 @@ class _Worker:
             per_node=per_node == "node" or (per_node == "auto" and self.world_size > MOST_IN_ONE_EXECUTION),
         )
         self.stream = make_stream(config, job.train, self.world_size, self.crew.groups)
-        self.store = Store(config.run.storage).child(config.run.name)
         self.folder = RunFolder(self.store, check_of(job.lease)) if self.rank == 0 else None
         self.spool = ExportedSpool(self.folder.path, config.run.name) if self.folder else None
         if self.spool:
             self.spool.status("RUNNING")
+            if found:
+                self.spool.tags({"micro_size": str(self.stream.cut.rows)})
         self.follower = start_follower(self.folder.path) if self.folder and not job.followed else None
         self.guard = Guard(self.rank, job.console, self.device)
         self.unreadable = Unreadable(self.folder, self.device)
         self.model = build_model(config).to(self.device)
         self.progress = Progress(
-            config, self.steps, job.train.num_samples, self.unreadable, self.device, self.spool, self.say
+            config, self.model, self.steps, job.train.num_samples, self.unreadable, self.device, self.spool, self.say
         )
         prober = Prober(config, self.crew, self.device, self.autocast)
         self.evaluation = Evaluation(
@@ -216,12 +224,16 @@ class _Worker:
         window: list[torch.Tensor] = []
         save_due = False
         self.last_save = time.perf_counter()
+        if self.folder and config.log.profile:
+            self.profile = Profile(self.folder.path / PROFILE, self.device)
         self.progress.begin()
         for step in range(start, self.steps):
             lr = lr_at(step, **schedule)
             window.append(train_step(trainer, batches, lr, self.guard.wish()))
             self.guard.heed(step, window[-1])
             done = step + 1
+            if self.profile:
+                self._keep(self.profile.step())
             leaving = self.guard.node_goes()
             stops = done < self.steps and (self.guard.stop or bool(leaving))
             save_now = done == self.steps or (save_every and done % save_every == 0)
@@ -249,7 +261,9 @@ class _Worker:
             if stops or not goes_on:
                 assert self.reading is not None
                 self.reading.close()
+                self._end_profile()
                 return self._leave(done, leaving) if stops else "JUDGED"
+        self._end_profile()
         if next(batches, None) is not None:
             raise RuntimeError("the data holds more than the run's steps")
         return "FINISHED"
@@ -316,7 +330,21 @@ class _Worker:
         if self.world_size > 1:
             # The only buffers are a fitted target's, which never change.
             model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-        return make_trainer(self.config, model, self.model.masking, self.optimizer, self.stream.cut, self.device)
+        trainer = make_trainer(self.config, model, self.model.masking, self.optimizer, self.stream.cut, self.device)
+        if isinstance(model, DistributedDataParallel):
+            trainer.clock.watch(model)
+        return trainer
+
+    def _end_profile(self) -> None:
+        if self.profile:
+            self._keep(self.profile.end())
+
+    def _keep(self, files: list[Path]) -> None:
+        """Notes the files of a profile, where it has just been written."""
+        if files and self.spool and self.folder:
+            for path in files:
+                self.spool.artifact(path.relative_to(self.folder.path).as_posix(), PROFILE)
+            self.say(f"profile: {', '.join(str(path) for path in files)}")
 
     def _audited(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Writes down the ids of what arrives, where the run asks for it; otherwise changes nothing."""
@@ -337,6 +365,7 @@ class _Worker:
 
     last_save = 0.0
     reading: Feed | None = None
+    profile: Profile | None = None
 
     # ---- what stands around the steps
 
@@ -422,6 +451,8 @@ class _Worker:
 
     def close(self) -> None:
         """Ends what runs beside the loop."""
+        if self.profile:
+            self.profile.end()
         if self.follower and not self.follower.stop(timeout_s=20.0) and not self.store.is_local:
             # Where the folder is here, the driver tries once more, and says it.
             self.say(f"warning: MLflow lacks some of the record, which is whole in {self.store.location}")

@@ -11,7 +11,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -26,6 +26,9 @@ from pipelines.training.build import build_model, make_trainer
 from pipelines.training.dry_run import random_batch
 from pipelines.training.step import train_step
 from pipelines.training.unreadable import over_ranks
+from pipelines.training.upload import Upload
+
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 FILE = "micro_size.json"
 _GPU_SHARE = 0.92  # of a GPU's memory: the rest is for what the search does not see, and for holes
@@ -80,7 +83,7 @@ def resolve(config: Config, store: Store, device: torch.device, local_workers: i
     return resolved, f"micro-batches of {cut.rows} images ({how}: {rows}), {cut.accumulation} a step and worker"
 
 
-def with_micro_size(config: Config, rows: int) -> Config:
+def with_micro_size(config: ConfigT, rows: int) -> ConfigT:
     """The configuration with another micro-batch."""
     return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": rows})})
 
@@ -95,8 +98,8 @@ def _name(device: torch.device) -> str:
 def find(config: Config, device: torch.device, *, limit: int, memory_share: float = 1.0) -> int:
     """Looks for the micro-batch on this device, by training steps on random pixels.
 
-    They accumulate two micro-batches, as their peak is then that of any number. The model is not compiled for it, which takes
-    minutes and less memory.
+    They accumulate two micro-batches, as their peak is then that of any number. The model is not compiled for it: that
+    takes minutes, and less memory.
 
     Args:
         config: The run's configuration.
@@ -107,6 +110,23 @@ def find(config: Config, device: torch.device, *, limit: int, memory_share: floa
     Raises:
         UserError: Not a single image fits.
     """
+    if device.type == "cpu":
+        return _search(config, device, limit, memory_share)
+    torch.cuda.set_per_process_memory_fraction(_GPU_SHARE * config.scale.gpu_share, device)
+    try:
+        rows = _search(config, device, limit, memory_share)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        gc.collect()
+        torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    if not rows:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"batch.micro_size: not a single image fits beside the model into the memory of {name}")
+    return rows
+
+
+def _search(config: Config, device: torch.device, limit: int, memory_share: float) -> int:
     peak_before = _peak_bytes()
     model = build_model(config).to(device)
     for buffer in model.target.buffers():
@@ -115,7 +135,7 @@ def find(config: Config, device: torch.device, *, limit: int, memory_share: floa
     trainer = make_trainer(config, model, model.masking, optimizer, Cut(1, 1, 1), device)
 
     def step(rows: int) -> float:
-        trainer.cut = Cut(2 * rows, rows, 1)
+        trainer.cut, trainer.upload = Cut(2 * rows, rows, 1), Upload(device, config.run.seed)
         batches = itertools.repeat(random_batch(config, rows))
         start = time.perf_counter()
         train_step(trainer, batches, 0.0).tolist()  # waits for the device
@@ -134,23 +154,12 @@ def find(config: Config, device: torch.device, *, limit: int, memory_share: floa
             return True
         # Not in the handler, where the error still holds all that did fit.
         optimizer.zero_grad(set_to_none=True)
+        trainer.upload = Upload(device, config.run.seed)
         gc.collect()
         torch.cuda.empty_cache()
         return False
 
-    torch.cuda.set_per_process_memory_fraction(_GPU_SHARE * config.scale.gpu_share, device)
-    try:
-        rows = largest(fits, limit)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-    if not rows:
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"batch.micro_size: not a single image fits beside the model into the memory of {name}")
-    del model, optimizer, trainer
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return rows
+    return largest(fits, limit)
 
 
 def _peak_bytes() -> int:

@@ -1,10 +1,11 @@
-"""A profile of some steps: a trace for Chrome's or Perfetto's viewer, and a table of the operators that took longest."""
+"""A profile of some steps: a trace for Chrome's or Perfetto's viewer, and a table of the slowest operators."""
 
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+PROFILE = "profile"  # the folder below the run's and among its artifacts
 STEPS = 10
 _BEFORE = 5  # steps that are not in it: kernels are chosen and compiled, memory is taken
 

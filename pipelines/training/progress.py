@@ -9,18 +9,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mae_core.device_rate import matrix_rate
+from mae_core.flops import step_flops
+from mae_core.model import MaskedAutoencoder
 from pipelines.config import Config
 from pipelines.spool import Spool
 from pipelines.training.recorder import Recorder
-from pipelines.training.step import Trainer
+from pipelines.training.step import Trainer, precision
 from pipelines.training.unreadable import Unreadable, over_ranks, told
 
 
 class Progress:
-    """Takes the time of the steps and tells of them, a window of ``log.every`` steps at once.
+    """Takes the time of the steps and tells of them, a window of ``log.every`` steps at once. All ranks make one.
 
     Args:
         config: The run's configuration.
+        model: The model, not wrapped.
         steps: The run's steps.
         num_samples: Training images.
         unreadable: What could not be read.
@@ -32,6 +36,7 @@ class Progress:
     def __init__(
         self,
         config: Config,
+        model: MaskedAutoencoder,
         steps: int,
         num_samples: int,
         unreadable: Unreadable,
@@ -41,6 +46,9 @@ class Progress:
     ):
         self._config, self._steps, self._num_samples = config, steps, num_samples
         self._unreadable, self._device, self._spool, self._say = unreadable, device, spool, say
+        self._flops = step_flops(model).training
+        # Of all devices, each with the threads that it has here and busy at the same time.
+        self._full_rate = over_ranks(matrix_rate(device, precision(config.train.precision, device)), device)
         self._began = 0.0
         self._recorder = Recorder(say, 60 * config.checkpoint.patience_minutes)
         self._tracking_s: list[float] = []
@@ -79,7 +87,9 @@ class Progress:
         steps = len(window_S4)
         wait = over_ranks(trainer.wait_s, self._device, dist.ReduceOp.MAX)
         trainer.wait_s = 0.0
+        split = trainer.clock.take()
         images_per_s = steps * self._config.batch.global_size / elapsed
+        mfu = images_per_s * self._flops / self._full_rate
         if self._spool:
             samples_seen = done * self._config.batch.global_size
             values = {
@@ -88,7 +98,10 @@ class Progress:
                 "train/grad_norm": grad_norm,
                 "train/nonfinite_steps": float(bad),
                 "perf/images_per_s": images_per_s,
-                "perf/peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "perf/mfu": mfu,
+                "perf/peak_memory_mib": peak_memory_mib(self._device),
+                **{f"perf/{part}_s": seconds for part, seconds in split.items()},
+                "perf/other_s": max(0.0, elapsed / steps - sum(split.values())),
                 "perf/guard_s": guard_s / steps,
                 "data/wait_s": wait / steps,
                 "data/skipped": float(unreadable.total()),
@@ -102,7 +115,8 @@ class Progress:
             notes = (f"  not finite {bad}" if bad else "") + (f"  unreadable: {told(unreadable)}" if unreadable else "")
             line = (
                 f"step {done:>{len(str(self._steps))}} of {self._steps}  loss {loss:.4f}  lr {lr:.2e}  "
-                f"{images_per_s:,.0f} images/s  waiting {100 * wait / elapsed:.0f} %  left {clock(left)}{notes}"
+                f"{images_per_s:,.0f} images/s  MFU {100 * mfu:.0f} %  waiting {100 * wait / elapsed:.0f} %  "
+                f"left {clock(left)}{notes}"
             )
             began = time.perf_counter()
             if not hold:
@@ -132,6 +146,13 @@ class Progress:
             return {"points": 0}
         p50, p99, most = np.quantile(self._tracking_s, [0.5, 0.99, 1.0]).tolist()
         return {"points": len(self._tracking_s), "p50": p50, "p99": p99, "max": most}
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory so far: on a GPU what PyTorch has allocated there, else what the process has had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def clock(seconds: float) -> str:

@@ -57,5 +57,5 @@ class RunFolder:
         self._guard()
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
-            if path.is_file() and (name in _FILES or name.startswith(("pictures/", "tables/"))):
+            if path.is_file() and (name in _FILES or name.startswith(("pictures/", "tables/", "profile/"))):
                 self._store.write(name, path.read_bytes())

@@ -13,15 +13,21 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_core.images import normalize
 from mae_core.masking import Masking
 from mae_core.optim import set_lr
-from mae_core.randomness import mask_keys
 from pipelines.data.plan import Cut
 from pipelines.data.readers import MicroBatch
+from pipelines.training.clock import StepClock
+from pipelines.training.upload import Upload
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """The type that matrices are multiplied in, by a configuration's ``train.precision``."""
+    bfloat16 = name == "bfloat16" or (name == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def autocast(name: str, device: torch.device) -> torch.autocast:
     """The context of a forward pass in a configuration's ``train.precision``."""
-    bfloat16 = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(name, device) == torch.bfloat16)
 
 
 @dataclass
@@ -54,6 +60,14 @@ class Trainer:
     """Seconds spent waiting for data, summed up until somebody sets it back."""
     skipped: list[dict[str, str]] = field(default_factory=list)
     """Samples that could not be read, collected until somebody takes them."""
+    upload: Upload = field(init=False)
+    """Brings micro-batches to the device."""
+    clock: StepClock = field(init=False)
+    """Takes the time of the step's parts."""
+
+    def __post_init__(self) -> None:
+        """Makes what belongs to the device."""
+        self.upload, self.clock = Upload(self.device, self.seed), StepClock(self.device)
 
     def next_batch(self, batches: Iterator[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The next micro-batch on the device: images_BCHW, noise_BN, weight_B."""
@@ -61,10 +75,10 @@ class Trainer:
         batch = next(batches)
         self.wait_s += time.perf_counter() - start
         self.skipped += batch.skipped
-        images_BHWC = torch.from_numpy(batch.images_BHWC.copy()).to(self.device)
-        keys_B = mask_keys(self.seed, batch.epoch_B, batch.sample_B, batch.repeat).to(self.device)
-        weight_B = torch.from_numpy(batch.weight_B.copy()).to(self.device)
-        return normalize(images_BHWC, self.mean_C, self.std_C), self.masking.noise(keys_B), weight_B
+        there = self.upload(batch)
+        self.clock.mark("data")
+        images_BCHW = normalize(there.images_BHWC, self.mean_C, self.std_C)
+        return images_BCHW, self.masking.noise(there.keys_B), there.weight_B
 
 
 def train_step(trainer: Trainer, batches: Iterator[MicroBatch], lr: float, wish: int = 0) -> torch.Tensor:
@@ -82,7 +96,8 @@ def train_step(trainer: Trainer, batches: Iterator[MicroBatch], lr: float, wish:
     Returns:
         float32 [4] on the device, the same on every worker: loss, gradient norm, 1 where the step was skipped, wishes.
     """
-    cut, model, optimizer = trainer.cut, trainer.model, trainer.optimizer
+    cut, model, optimizer, clock = trainer.cut, trainer.model, trainer.optimizer, trainer.clock
+    clock.begin()
     set_lr(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=trainer.device)
@@ -90,19 +105,23 @@ def train_step(trainer: Trainer, batches: Iterator[MicroBatch], lr: float, wish:
         images_BCHW, noise_BN, weight_B = trainer.next_batch(batches)
         last = turn == cut.accumulation - 1
         # Gradients travel once a step, with the last micro-batch.
-        quiet = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
-        with quiet:
+        wrapped = isinstance(model, DistributedDataParallel)
+        with model.no_sync() if wrapped and not last else contextlib.nullcontext():
             with trainer.autocast():
                 out = model(images_BCHW, noise_BN, weight_B=weight_B, denominator=cut.global_size / cut.world_size)
+            clock.mark("forward")
             out["loss"].backward()
+        clock.mark("communication" if wrapped and last else "backward")
         loss += out["loss"].detach() / cut.world_size
     sums_2 = torch.stack([loss, torch.full_like(loss, wish)])
     if cut.world_size > 1:
         dist.all_reduce(sums_2)
+        clock.mark("communication")
     loss, wishes = sums_2
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     # Both numbers are the same on all workers, so all decide alike, and nobody asks the host.
     bad = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
     optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW leaves its state alone where it is 1
     optimizer.step()
+    clock.mark("optimizer")
     return torch.stack([loss, grad_norm, bad, wishes])

@@ -33,12 +33,14 @@ def _arrays(seed: int, batch: MicroBatch) -> tuple[np.ndarray, np.ndarray, np.nd
 class Upload:
     """Copies micro-batches to a device.
 
-    The host runs ahead of a GPU: when it comes for the next micro-batch, the GPU is still computing with the present one.
-    So a copy has only to keep off the stream of the computation, which it would wait for, and to come from pinned
+    The host runs ahead of a GPU: when it comes for the next micro-batch, the GPU is still computing with the present
+    one. So a copy has only to keep off the stream of the computation, which it would wait for, and to come from pinned
     memory, so that the host does not wait for it. There are two places for a micro-batch on either side, filled in
     turn: the copy into one waits, on the GPU, until what was there has been used, and the host, before it writes over
     pinned memory, until that has been copied. So the host is two micro-batches ahead at most, and nothing is
     allocated from step to step.
+
+    All micro-batches have the same number of rows, as a run's have.
 
     On a CPU a copy out of the object store is all there is: it takes some hundredths of a per cent of a step.
 
@@ -77,9 +79,9 @@ class _Slot:
     def __init__(self, arrays: tuple[np.ndarray, ...], stream: torch.cuda.Stream, device: torch.device):
         self._pinned = [torch.from_numpy(array.copy()).pin_memory() for array in arrays]
         self._there = [torch.empty_like(tensor, device=device) for tensor in self._pinned]
-        self._stream = stream
+        self._device, self._stream = device, stream
         self._copied, self._freed = torch.cuda.Event(), torch.cuda.Event()
-        self._freed.record()  # the memory may have been another tensor's
+        self.free()  # the memory may have been another tensor's
 
     def fill(self, arrays: tuple[np.ndarray, ...]) -> OnDevice:
         """Copies, and lets the present stream wait for it."""
@@ -89,10 +91,10 @@ class _Slot:
             for array, pinned, there in zip(arrays, self._pinned, self._there, strict=True):
                 np.copyto(pinned.numpy(), array)
                 there.copy_(pinned, non_blocking=True)
-            self._copied.record()
+            self._copied.record(self._stream)
         torch.cuda.current_stream(self._device).wait_event(self._copied)
         return OnDevice(*self._there)
 
     def free(self) -> None:
         """All that uses this micro-batch has been given to the present stream."""
-        self._freed.record()
+        self._freed.record(torch.cuda.current_stream(self._device))

@@ -1,11 +1,13 @@
 """The FLOPs of a pretraining step against those that PyTorch counts, and against the published arithmetic."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mae_core.checkpointing import checkpoint_activations
 from mae_core.flops import StepFlops, step_flops, theory_speedup
 from mae_core.model import MaskedAutoencoder
 
@@ -49,6 +51,28 @@ def test_flops_are_those_counted(kind):
     assert (flops.target > 0) == ("components" in kind)
     with torch.device("meta"):
         assert step_flops(MaskedAutoencoder(**SMALL | KINDS[kind])) == flops
+
+
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "decoder": ("transformer", "mlp"), "encoder_mask_tokens": (False, True), "class_tokens": (1, 3),
+    "loss_on": ("masked", "all"), "target": ("raw", "normalized", "pca"), "mask_ratio": (0.75, 0.3),
+}  # fmt: skip
+
+
+def test_flops_are_those_counted_whatever_goes_together():
+    for values in itertools.islice(itertools.product(*OPTIONS.values()), 0, None, 5):  # every pair is among them
+        options = dict(zip(OPTIONS, values, strict=True))
+        model = MaskedAutoencoder(**SMALL | options, target_components=7)
+        flops = step_flops(model)
+        assert (flops.forward, flops.training) == counted(model, num_images=1), options
+
+
+def test_what_is_computed_anew_does_not_count():
+    model = MaskedAutoencoder(**SMALL)
+    flops = step_flops(model)
+    checkpoint_activations(model)
+    assert step_flops(model) == flops
+    assert counted(model)[1] > flops.training
 
 
 def shapes(arch: str, **options: Any) -> MaskedAutoencoder:

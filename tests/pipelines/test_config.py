@@ -92,6 +92,7 @@ def test_identity_is_what_defines_the_result():
         return identity_hash(identity(read_config(list(arguments)), "d")) != base
 
     assert not changed("--scale.workers", "7", "--log.every", "3", "--batch.micro-size", "8", "--data.train", "x")
+    assert not changed("--profile", "--train.checkpoint-activations", "--batch.micro-size", "0")
     assert not changed("--run.storage", "elsewhere", "--checkpoint.keep", "9", "--train.compile")
     assert changed("--run.seed", "1")
     assert changed("--batch.global-size", "8")

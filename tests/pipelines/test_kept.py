@@ -22,7 +22,7 @@ from tests.pipelines.test_writer import fill, small_disk
 from tests.stores import Fault, FaultyProxy, moto_server, put, s3_environment
 
 __all__ = ["recipe"]
-QUIET = ("--log.pictures", "0", "--log.ids", "False", "--probe.at-start", "False")
+QUIET = ("--log.pictures", "0", "--log.no-ids", "--probe.no-at-start")
 
 
 @pytest.mark.parametrize("kind", ["pickle", "zipped", "legacy", "named safetensors"])

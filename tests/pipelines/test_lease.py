@@ -116,6 +116,31 @@ def test_of_two_at_once_one_is_refused(place, begin):
     assert holds(begin(store, PATIENT))
 
 
+def test_of_many_at_the_same_moment_the_file_system_lets_one_begin(tmp_path):
+    timing, num = Timing(0.1, 20.0, 0.1), 8
+    for attempt in range(5):
+        store, start = Store(str(tmp_path)).child(str(attempt)), threading.Barrier(num)
+        refused = threading.Semaphore(0)
+        held: list[str] = []
+
+        def take(store=store, start=start, refused=refused, held=held) -> None:
+            start.wait()
+            try:
+                with hold(store, "it", lambda _: None, timing) as lease:
+                    held.append(lease.owner.token)
+                    for _ in range(num - 1):
+                        refused.acquire(timeout=5)
+            except UserError:
+                refused.release()
+
+        threads = [threading.Thread(target=take) for _ in range(num)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(held) == 1
+
+
 def test_a_killed_holder_is_followed_at_once(place, begin):
     store, _ = place
     first = begin(store, FAST)
@@ -244,7 +269,7 @@ def test_a_store_that_is_away_ends_no_holder(request, begin, tmp_path):
         assert holds(holder)
         before = json.loads(store.read(FILE))
         proxy.close_door()
-        time.sleep(4.0)
+        time.sleep(15.0)  # longer than a heartbeat is tried
         assert holder.poll() is None
         proxy.open_door()
         wait_until(lambda: json.loads(store.read(FILE))["beats"] > before["beats"] + 2, 60, lambda: "no heartbeat")

@@ -1,8 +1,10 @@
 """Whole runs, for real: pretraining, probes and record; kills in the middle; a job on a cluster."""
 
 import contextlib
+import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from pipelines.data.shards import load_manifest
 from pipelines.errors import UserError, run_command
 from pipelines.pretrain import main, open_run, read_config, resolve
 from pipelines.training.build import build_model, fit_target, make_stream
+from pipelines.training.clock import PARTS
 from tests.jobs import left_behind, submit
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +124,9 @@ def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
         "0",
         "--log.every",
         "1",
+        "--batch.micro-size",
+        "0",
+        "--profile",
     ]
     command = arguments(recipe(30), shards, tmp_path, "whole", *probes)
     assert main(command) == 0
@@ -131,6 +137,12 @@ def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
     assert CONTINUED not in out
     assert "left out of the probe, because they could not be read: 1 truncated" in out
     assert "mlflow ui --backend-store-uri sqlite:///" in out
+
+    # Both workers look for the micro-batch, and the run has one; the next attempt would not look again.
+    (rows,) = re.findall(r"micro-batches of (\d+) images \(the fastest of those tried: \d+\)", out)
+    assert len(re.findall("micro-batches of", out)) == 1
+    assert 40 / 2 % int(rows) == 0
+    assert json.loads((folder / "micro_size.json").read_text())["rows"] >= int(rows)
 
     loss = losses(folder)
     assert sorted(loss) == list(range(1, 31))
@@ -155,6 +167,7 @@ def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
     )
     vit.load_state_dict(encoder_state(model), strict=True)
 
+    check_speed(points(folder))
     check_record(folder)
     assert main(command) == 0
     assert "has finished already" in capfd.readouterr().out
@@ -163,6 +176,23 @@ def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
     assert "has finished already" in capfd.readouterr().out
     with pytest.raises(UserError, match=r"model\.mask_ratio was 0\.75, is now 0\.5"):
         main([*command, "--model.mask-ratio", "0.5"])
+
+
+def check_speed(told):
+    for values in (values for values in told.values() if "train/loss" in values):
+        parts = {name: values[f"perf/{name}_s"] for name in (*PARTS, "other")}
+        assert min(parts[name] for name in PARTS) > 0
+        assert sum(parts.values()) == pytest.approx(40 / values["perf/images_per_s"])
+        assert 0 < values["perf/mfu"] < 1
+
+
+def check_profile(folder):
+    with gzip.open(folder / "trace.json.gz", "rt") as file:
+        trace = json.load(file)
+    names = [event["name"] for event in trace["traceEvents"] if event.get("ph") == "X"]
+    assert sum(name.startswith("ProfilerStep#") for name in names) == 10
+    assert "aten::_fused_adamw_" in names
+    assert "aten::" in (folder / "operators.txt").read_text()  # of the slowest
 
 
 def check_record(folder):
@@ -180,6 +210,7 @@ def check_record(folder):
     assert run.inputs is not None
     assert run.inputs.dataset_inputs[0].dataset.digest
     assert any("reconstruction" in item.path for item in client.list_artifacts(run.info.run_id, "images"))
+    check_profile(Path(client.download_artifacts(run.info.run_id, "profile", str(folder / ".."))))
 
 
 @contextlib.contextmanager
