@@ -1,6 +1,9 @@
 """The benchmark of the step, on tiny images."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +13,7 @@ from pipelines.errors import UserError
 ARMS = ["float32", "transformers_float32", "official_style_float32"]
 
 
-def test_tiny_steps(tmp_path, capsys):
+def test_tiny_steps(tmp_path):
     path = tmp_path / "step.json"
     small = [
         "--models",
@@ -36,7 +39,7 @@ def test_tiny_steps(tmp_path, capsys):
     # Theirs project and predict what ours leaves out.
     assert arms["float32"]["gflops"] < arms["transformers_float32"]["gflops"]
     assert all(arm["memory_mib"] > 300 for arm in arms.values())  # 27 M parameters and what AdamW keeps of them
-    assert "over_transformers" in capsys.readouterr().out
+    assert "over_transformers" in done.stdout
 
 
 def test_wrong_flags_are_one_line():
