@@ -34,6 +34,7 @@ def write_tar(path: Path, num: int) -> None:
             tar.addfile(info, io.BytesIO(data.getvalue()))
 
 
+@pytest.mark.chaos  # three loaders, one after the other; their parts have fast tests in test_ingest_arms.py
 def test_a_tiny_run_gives_ratios_of_equal_pixels(tmp_path):
     write_tar(tmp_path / "photos.tar", 20)
     done = ingest(

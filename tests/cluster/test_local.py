@@ -32,9 +32,10 @@ def ended(folder: Path) -> Iterator[None]:
 
 def nothing_is_left(state: State) -> bool:
     for port in (state.gcs_port, state.dashboard_port, state.mlflow_port, state.s3_port):
+        # Not by binding it: by now it may be the near end of somebody else's connection.
         with socket.socket() as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind(("127.0.0.1", port))  # raises where somebody listens
+            if one.connect_ex(("127.0.0.1", port)) == 0:
+                return False
     return (
         not processes.marked(state.mark(), state.ray_dir) and not state.ray_dir.exists() and find(state.folder) is None
     )
