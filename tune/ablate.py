@@ -3,11 +3,13 @@
     python -m tune.ablate --table 1f --config pipelines/recipes/cifar10_cpu.toml --seeds 3
     ray job submit --working-dir . -- python tune/ablate.py --table 1f --config ... --seeds 3
 
-All tables of a recipe share a folder, ``ablate-`` and the recipe's ``run.name``: what one has trained, another does not
-train again, and the same command goes on with what was ended or killed. Table 2 needs no data, and no Ray.
+``--recipe FILE`` is ``--config FILE``. All tables of a recipe share a folder, ``ablate-`` and the recipe's
+``run.name``: what one has trained, another does not train again, and the same command goes on with what was ended or
+killed. Table 2 needs no data, and no Ray.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import ray
 import torch
 from pydantic import Field
 
@@ -128,7 +131,10 @@ def read_ablation(argv: Sequence[str] | None = None) -> Ablation:
     Raises:
         UserError: An unknown key or flag, or a value that does not fit.
     """
-    ablation = parse_with_file(Ablation, prog=PROG, argv=argv, default=Ablation())
+    arguments = sys.argv[1:] if argv is None else argv
+    # A table is made for a recipe: --recipe FILE is --config FILE.
+    arguments = [re.sub(r"^--recipe(?==|$)", "--config", argument) for argument in arguments]
+    ablation = parse_with_file(Ablation, prog=PROG, argv=arguments, default=Ablation())
     if not ablation.table:
         names = ", ".join([*TABLES, "table2"])
         raise UserError(f"no table is given: name one with --table: {names} (see {PROG} --help)")
@@ -250,6 +256,10 @@ def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell], lease: Lease)
             folder=store.location,
             learned=lambda: None,
         )
+        if not ended:
+            # What was being trained ends here, and is sent to the record as that.
+            ray.shutdown()
+            parent.end_running(journal, store)
         spool.status("FINISHED" if ended else "KILLED")
     return ended
 

@@ -8,10 +8,11 @@ from typing import Any
 from pipelines.config import Config
 from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
-from pipelines.spool import Spool
+from pipelines.spool import SPOOL_FILE, Spool
 from pipelines.storage import Store
 from pipelines.tracking import send, start_follower
 from pipelines.training.runfolder import RunFolder
+from tune.journal import Journal
 
 
 def trial_config(config: Config, store: Store, every_epochs: float) -> Config:
@@ -38,6 +39,19 @@ def probed(config: Config, labelled: Manifest) -> dict[str, Any]:
     """
     keys = ("knn_k", "pool", "val_share", "crop_share", "samples")
     return {f"probe.{key}": getattr(config.probe, key) for key in keys} | {"probe.digest": labelled.digest}
+
+
+def end_running(journal: Journal, store: Store) -> None:
+    """Writes into the records of trials that were being trained that they were killed; their processes have ended.
+
+    Args:
+        journal: What is known of the trials.
+        store: The folder above them.
+    """
+    for trial in journal.trials.values():
+        place = store.child("trials").child(trial.name)
+        if trial.state == "running" and place.is_local and place.exists(SPOOL_FILE):
+            Spool(place.local()).status("KILLED")
 
 
 def refuse_change(store: Store, file: str, who: str, wanted: Mapping[str, Any]) -> None:

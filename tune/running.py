@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.repeater import Repeater
 
-from pipelines.config import Config
+from pipelines.config import Config, Scale
 from pipelines.errors import UserError
 from tune.journal import Cell, Journal
 from tune.scheduler import JournalingScheduler
@@ -49,25 +49,35 @@ def share(config: Config, at_most: int) -> Share:
     Raises:
         UserError: Not even one fits.
     """
-    have = ray.cluster_resources()
-    scale, cpus, gpus = config.scale, have.get("CPU", 0.0), have.get("GPU", 0.0)
-    training, reading = scale.workers * scale.cpus_per_worker, config.data.cpus_per_task
+    scale, reading = config.scale, config.data.cpus_per_task
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    training = scale.workers * scale.cpus_per_worker
     # Ray counts in ten-thousandths.
     fit = int(cpus / (training + max(reading, scale.reading_cpus)) + 1e-4)
+    # A worker, and a reading task, has its place on one node; a part of a GPU on one GPU.
+    fit = min(fit, sum(places(node, scale) for node in nodes) // scale.workers)
+    largest = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
     wanted = f"{training:g} CPUs to train and {reading:g} to read"
     if scale.gpu:
-        each = scale.workers * scale.gpus_per_worker
-        fit, wanted = min(fit, int(gpus / each + 1e-4)), f"{wanted}, and {each:g} GPUs"
-    if not fit:
+        wanted += f", and {scale.workers * scale.gpus_per_worker:g} GPUs"
+    if not fit or reading > largest:
         raise UserError(
-            f"no trial fits: one needs {wanted}; there are {cpus:g} CPUs and {gpus:g} GPUs. Lower scale.workers or "
+            f"no trial fits: one needs {wanted}; there are {cpus:g} CPUs and {gpus:g} GPUs, {largest:g} CPUs on the "
+            f"largest node, where a worker claims {scale.cpus_per_worker:g}. Lower scale.workers or "
             "scale.cpus_per_worker"
         )
     concurrent = min(fit, at_most or fit)
     free = (cpus - concurrent * training) / concurrent
-    cores = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+    cores = min(int(node.get("CPU", 1)) for node in nodes)
     threads = max(1, cores // (concurrent * scale.workers))
     return Share(concurrent, scale.reading_cpus or int(100 * free) / 100, scale.threads or threads)
+
+
+def places(node: dict[str, float], scale: Scale) -> int:
+    """How many workers a node has room for."""
+    places = int(node.get("CPU", 0.0) / scale.cpus_per_worker + 1e-4)
+    return min(places, int(node.get("GPU", 0.0)) * int(1 / scale.gpu_share + 1e-4)) if scale.gpu else places
 
 
 class _Progress(ray.tune.Callback):

@@ -8,6 +8,7 @@ with a search that was ended or killed.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -27,7 +28,7 @@ from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
 from pipelines.pretrain import main as pretrain_main
 from pipelines.ray_session import connect
-from pipelines.spool import SPOOL_FILE, Spool, redact
+from pipelines.spool import Spool, redact
 from pipelines.storage import Store
 from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri
 from pipelines.training.runfolder import RunFolder
@@ -164,8 +165,10 @@ def table(ranked: Sequence[Ranked], objective: str) -> str:
 
 
 def best_config(search: Search, best: Ranked) -> Config:
-    """The recipe that a search has found: the user's, with the best values."""
-    return with_values(pretraining(search), best.values)
+    """The recipe that a search has found: the user's, with the best values, and a name beside the search's."""
+    values = with_values(pretraining(search), best.values).model_dump()
+    values["run"] |= {"name": f"{search.run.name}-best"}
+    return Config.model_validate(values)
 
 
 def describe(search: Search, space: Space, images: Images) -> RunDescription:
@@ -308,10 +311,7 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]
         if not ended:
             # What was being trained ends here, and is sent to the record as that.
             ray.shutdown()
-            for trial in journal.trials.values():
-                place = store.child("trials").child(trial.name)
-                if trial.state == "running" and place.is_local and place.exists(SPOOL_FILE):
-                    Spool(place.local()).status("KILLED")
+            parent.end_running(journal, store)
         spool.status("FINISHED" if ended else "KILLED")
     return ended, ranked
 
@@ -361,7 +361,7 @@ def final(search: Search, best: Ranked, store: Store) -> int:
     values = best_config(search, best).model_dump()
     values["run"] |= {"name": f"{search.run.name}-final"}
     longer = {key: value * search.final_factor for key, value in values["train"].items() if key in ("steps", "epochs")}
-    values["train"] |= {"epochs": longer["epochs"], "steps": int(longer["steps"])}
+    values["train"] |= {"epochs": longer["epochs"], "steps": math.ceil(longer["steps"])}
     text = to_toml(Config.model_validate(values), f"The best of the search '{search.run.name}', trained longer.")
     store.write("final.toml", text)
     print(f"training the best configuration {search.final_factor:g} times as long: {values['run']['name']}", flush=True)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import total_steps
+from pipelines.config import Scale, total_steps
 from pipelines.errors import UserError
 from pipelines.make_shards import main as make_shards
 from pipelines.pretrain import read_config
 from pipelines.spool import read_spool
 from tests.conftest import write_images
 from tests.tune.searches import SPACE, arguments, journal, left_over
+from tune.running import places
 from tune.search import main, read_search
 
 # At the larger rate nothing is finite for long.
@@ -173,7 +174,7 @@ def test_seeds_are_ranked_by_their_mean_and_the_best_reads_the_test_set_once(
     assert best.model.mask_ratio == final.model.mask_ratio == ranked[0]
     assert (total_steps(best, 300), total_steps(final, 300)) == (24, 48)
     assert best.probe.test == final.probe.test == shards["test"]
-    assert final.run.name == "found-final"
+    assert (best.run.name, final.run.name) == ("found-best", "found-final")
 
     # Of the test set there is one score, that of the final run.
     seen = {}
@@ -222,3 +223,13 @@ def test_what_never_fits_is_said_at_once(command):
         main(command("--scale.workers", "16", "--scale.cpus-per-worker", "1", name="large"))
     with pytest.raises(UserError, match="no search 'nowhere' to resume"):
         main(command("--resume", name="nowhere"))
+
+
+def test_a_worker_has_its_place_on_one_node():
+    small, large = {"CPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}
+    scale = Scale(cpus_per_worker=4)
+    assert [places(node, scale) for node in (small, large)] == [0, 2]
+    # The rest of two GPUs is no GPU.
+    assert places(large, Scale(cpus_per_worker=1, gpu=True, gpu_share=0.6)) == 2
+    assert places(large, Scale(cpus_per_worker=1, gpu=True, gpu_share=0.25)) == 8
+    assert places(small, Scale(gpu=True)) == 0

@@ -131,5 +131,5 @@ def test_a_search_as_a_job_on_a_cluster(cluster, shards, tmp_path):
     assert "search 'job' finished" in done.stdout
     trials = journal(tmp_path / "runs" / "job")
     assert [(one["state"], one["steps"]) for one in trials.values()] == [("finished", [12, 24])] * 2
-    assert read_config(["--config", str(tmp_path / "runs" / "job" / "best.toml")]).run.name == "job"
+    assert read_config(["--config", str(tmp_path / "runs" / "job" / "best.toml")]).run.name == "job-best"
     assert set(children(uri, "job")) == set(trials)
