@@ -31,14 +31,21 @@ def ended(folder: Path) -> Iterator[None]:
 
 
 def nothing_is_left(state: State) -> bool:
-    for port in (state.gcs_port, state.dashboard_port, state.mlflow_port, state.s3_port):
-        # Not by binding it: by now it may be the near end of somebody else's connection.
-        with socket.socket() as one:
-            if one.connect_ex(("127.0.0.1", port)) == 0:
-                return False
+    # The threads of a killed process end after its main one, and keep its ports until then.
+    processes.wait_until(lambda: not any(answers(port) for port in state_ports(state)), 10)
     return (
         not processes.marked(state.mark(), state.ray_dir) and not state.ray_dir.exists() and find(state.folder) is None
     )
+
+
+def state_ports(state: State) -> list[int]:
+    return [state.gcs_port, state.dashboard_port, state.mlflow_port, state.s3_port]
+
+
+def answers(port: int) -> bool:
+    # Not by binding it: by now it may be the near end of somebody else's connection.
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
 
 
 def command(folder: Path, *arguments: str) -> list[str]:

@@ -1,13 +1,19 @@
 """Tables of the paper's ablations: what is trained, what is not trained again, and what is refused."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from cluster.processes import wait_until
 from pipelines import transfer
 from pipelines.config import Config
 from pipelines.errors import UserError
+from pipelines.spool import read_spool
 from pipelines.storage import Store
 from pipelines.transfer_config import units
 from tests.tune.searches import RECIPE, journal, left_over
@@ -16,6 +22,8 @@ from tune.journal import Cell, Journal
 from tune.partial import arguments, tune
 from tune.sections import Measured, draw_ablation, lines
 from tune.tables import TABLES, Row
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -29,6 +37,35 @@ def command(shards, tmp_path):
         return ["--table", table, "--config", str(tmp_path / "recipe.toml"), *data, *where, *more]
 
     return write
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_a_table_that_is_interrupted_says_so_and_goes_on(command, tmp_path):
+    folder, log = tmp_path / "runs" / "ablate-tiny", tmp_path / "log.txt"
+    asked = command("1c", "--train.steps", "600", "--checkpoint.every-steps", "60", "--concurrent", "1")
+    arguments = [sys.executable, "-m", "tune.ablate", *asked]
+    with log.open("w") as file:
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+    try:
+        wait_until(lambda: any(folder.glob("trials/*/checkpoints/*/manifest.json")), 200, log.read_text)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130, log.read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    (cut,) = folder.glob("trials/*/metrics.jsonl")
+    told = [line for line, _ in read_spool(cut) if line]
+    assert [line["status"] for line in told if "status" in line][-1] == "KILLED"
+    assert 60 <= max(line["step"] for line in told if "step" in line) < 600
+
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(one["state"], one["steps"]) for one in journal(folder).values()] == [("finished", [600])] * 2
+    told = [line for line, _ in read_spool(cut) if line]
+    assert [line["status"] for line in told if "status" in line][-1] == "FINISHED"
+    losses = [line["step"] for line in told if "train/loss" in line.get("metrics", {})]
+    assert losses == sorted(set(losses)) == list(range(6, 601, 6))
 
 
 @pytest.mark.chaos  # for its minute alone

@@ -84,7 +84,7 @@ def test_a_search_finds_a_recipe_and_leaves_nothing_behind(command, tmp_path, ca
     assert scores[first] == max(scores.values())
     found = {key: best[key.split(".")[0]][key.split(".")[1]] for key in trials[first]["values"]}
     assert scores[first] in [s for n, s in scores.items() if trials[n]["values"] == found]
-    assert best["run"]["name"] == "found"
+    assert best["run"]["name"] == "found-best"
     assert best["scale"]["reading_cpus"] == 0, "a share of this search is none of the recipe"
     assert "best.toml" in out
 
