@@ -260,11 +260,16 @@ class Weather:
             struck = time.time()
             self._dice.choice(sorted(members.training(self._state), key=lambda process: process.pid)).kill()
         else:
-            state = read(self._state.folder)
-            alive = [node.name for node in state.nodes if node.name != members.HEAD and members.runs(state, node.name)]
-            operations.kill(state, self._dice.choice(alive))
+            wait_until(lambda: bool(self._alive()), PATIENCE_S, self._run.told)
+            struck = time.time()
+            operations.kill(read(self._state.folder), self._dice.choice(self._alive()))
             self._joining.append(self._pool.submit(self._add))
         self._waiting.append((kind, struck, before))
+
+    def _alive(self) -> list[str]:
+        """The nodes beside the head."""
+        state = read(self._state.folder)
+        return [node.name for node in state.nodes if node.name != members.HEAD and members.runs(state, node.name)]
 
     def _add(self) -> None:
         with contextlib.suppress(UserError):  # it was the next to be struck, or this machine was too busy

@@ -1,10 +1,13 @@
 """What stands between the tokens of the visible patches and the predictions: blocks that mix all tokens.
 
 A new decoder is one more class here with its name in ``DECODERS``. It takes the tokens [B, T, E] (class tokens, then
-the patches in any order) and ``order_BN``, which says which patch each of them is, and gives as many in that order.
+the patches in any order) and ``order_BN``, which says which patch each of them is, and gives as many in that order. It
+knows the FLOPs of its matrix products (``mae_core.flops``).
 
 Shapes: B batch, N patches, T tokens, E decoder width.
 """
+
+from typing import Any
 
 import torch
 from timm.layers.norm import LayerNorm
@@ -12,6 +15,7 @@ from timm.models.mlp_mixer import MixerBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from mae_core.layers import transformer_flops
 from mae_core.masking import take
 
 
@@ -27,6 +31,10 @@ class TransformerBlocks(nn.ModuleList):
         for block in self:
             tokens = block(tokens)
         return tokens
+
+    def flops(self, num_tokens: int) -> int:
+        """Of a forward pass over the tokens of one image."""
+        return transformer_flops(self, num_tokens)
 
 
 class MixerBlocks(nn.ModuleList):
@@ -48,6 +56,12 @@ class MixerBlocks(nn.ModuleList):
         for block in self:
             tokens = block(tokens)
         return torch.cat([tokens[:, :num_class], take(tokens[:, num_class:], order_BN)], dim=1)
+
+    def flops(self, num_tokens: int) -> int:
+        """Of a forward pass over the tokens of one image: two MLPs of two layers a block."""
+        blocks: list[Any] = list(self)
+        hidden = sum(block.mlp_tokens.fc1.out_features + block.mlp_channels.fc1.out_features for block in blocks)
+        return 4 * num_tokens * blocks[0].mlp_channels.fc1.in_features * hidden
 
 
 DECODERS: dict[str, type[TransformerBlocks] | type[MixerBlocks]] = {

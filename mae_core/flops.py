@@ -10,11 +10,9 @@ D encoder width, E decoder width, T tokens.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from mae_core.decoders import MixerBlocks
+from mae_core.layers import transformer_flops
 from mae_core.model import MaskedAutoencoder
-from mae_core.targets import PCA
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,6 @@ class StepFlops:
         return self.encoder + self.decoder + self.target
 
 
-def _transformer_block(num_tokens: int, width: int, hidden: int) -> int:
-    projections, attention = 8 * num_tokens * width**2, 4 * num_tokens**2 * width
-    return projections + attention + 4 * num_tokens * width * hidden
-
-
-def _mixer_block(num_tokens: int, width: int, hidden_tokens: int, hidden: int) -> int:
-    return 4 * num_tokens * width * (hidden_tokens + hidden)
-
-
 def step_flops(model: MaskedAutoencoder) -> StepFlops:
     """FLOPs of a training step as this model does it, for one image.
 
@@ -61,17 +50,11 @@ def step_flops(model: MaskedAutoencoder) -> StepFlops:
     S, N, K, D, E = model.class_tokens, model.num_patches, model.num_keep, model.width, model.decoder_embed.out_features
     P, Q = model.channels * model.patch_size**2, model.target.size
     predicted = N if model.loss_on == "all" else N - K
-    block: Any = model.encoder.blocks[0]
     encoder_tokens = S + (K if model.encoder_mask_token is None else N)
     projection = 2 * K * P * D
-    encoder = projection + len(model.encoder.blocks) * _transformer_block(encoder_tokens, D, block.mlp.fc1.out_features)
-    block = model.decoder_blocks[0]
-    if isinstance(model.decoder_blocks, MixerBlocks):
-        of_block = _mixer_block(S + N, E, block.mlp_tokens.fc1.out_features, block.mlp_channels.fc1.out_features)
-    else:
-        of_block = _transformer_block(S + N, E, block.mlp.fc1.out_features)
-    decoder = 2 * encoder_tokens * D * E + len(model.decoder_blocks) * of_block + 2 * predicted * E * Q
-    target = 2 * predicted * P * Q if isinstance(model.target, PCA) else 0
+    encoder = projection + transformer_flops(model.encoder.blocks, encoder_tokens)
+    decoder = 2 * encoder_tokens * D * E + model.decoder_blocks.flops(S + N) + 2 * predicted * E * Q
+    target = model.target.flops(predicted)
     return StepFlops(encoder, decoder, target, 3 * (encoder + decoder) - projection + target)
 
 

@@ -5,6 +5,7 @@ half of their arithmetic lies idle. oneDNN, to which PyTorch gives those of bflo
 The results are the same up to the order of sums.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -119,3 +120,18 @@ def use_fast_layers(model: nn.Module) -> None:
             module.__class__ = Linear
         elif type(module) is Attention:
             module.__class__ = SelfAttention
+
+
+def transformer_flops(blocks: Iterable[Any], num_tokens: int) -> int:
+    """FLOPs of the matrix products of transformer blocks, for the tokens of one image, forward.
+
+    Args:
+        blocks: timm's, of width D with H hidden values in their MLPs: 8 T D^2 for the four projections, 4 T^2 D for
+            attention and 4 T D H for the MLP each.
+        num_tokens: T.
+    """
+    T, total = num_tokens, 0
+    for block in blocks:
+        D, H = block.mlp.fc1.in_features, block.mlp.fc1.out_features
+        total += 8 * T * D**2 + 4 * T**2 * D + 4 * T * D * H
+    return total

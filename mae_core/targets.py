@@ -133,6 +133,10 @@ class Raw(nn.Module):
         """A prediction as pixels [B, N, P]; the true patches give what was not predicted."""
         return pred_BNQ
 
+    def flops(self, num_patches: int) -> int:  # noqa: ARG002
+        """Of the matrix products that turn so many patches into what is to be predicted."""
+        return 0
+
 
 class Normalized(Raw):
     """Pixels normalised within each patch."""
@@ -190,6 +194,10 @@ class PCA(Raw):
     def pixels(self, pred_BNQ: torch.Tensor, patches_BNP: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """As ``Raw.pixels``."""
         return pred_BNQ @ self.basis.T + self.mean
+
+    def flops(self, num_patches: int) -> int:
+        """As ``Raw.flops``."""
+        return 2 * num_patches * self.basis.numel()
 
 
 TARGETS: dict[str, type[Raw]] = {"raw": Raw, "normalized": Normalized, "pca": PCA}

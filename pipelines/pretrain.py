@@ -38,6 +38,7 @@ from pipelines.training.job import Job
 from pipelines.training.launch import check_resources, run_here, run_workers
 from pipelines.training.loop import train_worker
 from pipelines.training.lost import LostWorkers
+from pipelines.training.memory import watch_memory
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.unreadable import told
 
@@ -295,7 +296,8 @@ def run(config: Config, images: Images, lease: Lease) -> int:
         console = make_console()
         printer = Printer(console)
         try:
-            do_until_stopped(lambda: pretrain(config, images, console, lease=lease), console, signals)
+            with watch_memory(console, config):
+                do_until_stopped(lambda: pretrain(config, images, console, lease=lease), console, signals)
         except PretrainingError as error:
             print(f"error: training failed: {error}", file=sys.stderr)
             return error.code

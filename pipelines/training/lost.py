@@ -7,6 +7,7 @@ from ray.exceptions import OutOfMemoryError
 
 from pipelines.config import Config
 from pipelines.training.job import GoBackError
+from pipelines.training.memory import setting
 
 
 class LostWorkers(ray.train.UserCallback):
@@ -37,10 +38,7 @@ def reason(error: BaseException, config: Config) -> str:
     cause = getattr(error, "health_check_failure", error)
     text = str(cause).strip()
     if isinstance(cause, OutOfMemoryError) or "running low on memory" in text or "memory pressure" in text:
-        return (
-            f"its node ran out of memory: lower batch.micro_size ({config.batch.micro_size}), or raise "
-            f"data.cpus_per_task ({config.data.cpus_per_task:g}), so that fewer tasks read beside it"
-        )
+        return f"its node ran out of memory: {setting(config)}"
     if type(error).__name__ == "WorkerHealthCheckTimeoutError":
         return "it no longer answers"
     return f"{type(cause).__name__}: {text.splitlines()[0] if text else 'no word'}"
