@@ -38,7 +38,7 @@ from pipelines.training.job import Job
 from pipelines.training.launch import check_resources, run_here, run_workers
 from pipelines.training.loop import train_worker
 from pipelines.training.lost import LostWorkers
-from pipelines.training.memory import watch_memory
+from pipelines.training.memory import ran_out, setting, watch_memory
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.unreadable import told
 
@@ -207,6 +207,8 @@ def pretrain(config: Config, images: Images, console: Any, *, here: bool = False
     if code == USAGE_ERROR:
         raise UserError(reason)
     last = [line for line in reason.splitlines() if line.strip()][-1].strip()
+    if ran_out(reason):
+        last = f"a node ran out of memory, and Ray killed what it does not replace: {setting(config)}"
     raise PretrainingError(f"{last} (all of it: {store.path('error.log')})", code)
 
 

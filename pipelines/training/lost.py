@@ -7,7 +7,7 @@ from ray.exceptions import OutOfMemoryError
 
 from pipelines.config import Config
 from pipelines.training.job import GoBackError
-from pipelines.training.memory import setting
+from pipelines.training.memory import ran_out, setting
 
 
 class LostWorkers(ray.train.UserCallback):
@@ -37,7 +37,7 @@ def reason(error: BaseException, config: Config) -> str:
         return ""
     cause = getattr(error, "health_check_failure", error)
     text = str(cause).strip()
-    if isinstance(cause, OutOfMemoryError) or "running low on memory" in text or "memory pressure" in text:
+    if isinstance(cause, OutOfMemoryError) or ran_out(text):
         return f"its node ran out of memory: {setting(config)}"
     if type(error).__name__ == "WorkerHealthCheckTimeoutError":
         return "it no longer answers"

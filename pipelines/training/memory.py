@@ -34,6 +34,11 @@ def setting(config: Config) -> str:
     )
 
 
+def ran_out(text: str) -> bool:
+    """Whether an error's text is Ray's about memory."""
+    return "running low on memory" in text or "memory pressure" in text or "out of memory" in text
+
+
 class Killed:
     """Finds the processes of a job that were killed for memory, each once.
 
