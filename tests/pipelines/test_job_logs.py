@@ -13,7 +13,7 @@ from cluster.processes import wait_until
 from pipelines.training.exporting import metric_name
 from tests.jobs import ROOT, job, submit
 
-STEPS = 800
+STEPS = 6000  # enough for Ray to collect the gauges meanwhile, which it does every 10 s
 TINY = [
     "--config", "pipelines/recipes/digits.toml", "--probe.train", "", "--probe.test", "", "--log.pictures", "0",
     "--data.image-size", "16", "16", "--model.patch-size", "4", "--model.depth", "1", "--batch.global-size", "40",

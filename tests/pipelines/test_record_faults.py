@@ -231,7 +231,7 @@ STEPS = 3000
 TINY = [
     "--model.arch", "vit_tiny_patch16_224", "--model.patch-size", "4", "--model.width", "24", "--model.depth", "2",
     "--model.heads", "2", "--model.decoder-width", "16", "--model.decoder-depth", "1", "--model.decoder-heads", "2",
-    "--data.image-size", "16", "16", "--batch.global-size", "40", "--batch.micro-size", "16",
+    "--data.image-size", "16", "16", "--batch.global-size", "320", "--batch.micro-size", "32",
     "--train.steps", str(STEPS), "--checkpoint.every-steps", "100", "--log.every", "1", "--log.pictures", "0",
     "--scale.workers", "1", "--scale.cpus-per-worker", "0.5",
 ]  # fmt: skip
