@@ -35,6 +35,8 @@ _SETTINGS = FAST_HEALTH_CHECKS | {
     "RAY_JOB_STOP_WAIT_TIME_S": "60",
     # A run has more actors than a small node has CPUs: its raylet would warn of every dozen of them in the job's log.
     "RAY_worker_maximum_startup_concurrency": "16",
+    # Where memory runs out, one process that can be done again is killed: see pipelines/ray_session.py.
+    "RAY_worker_killing_policy_by_group": "true",
 }
 
 

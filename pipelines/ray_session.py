@@ -42,6 +42,9 @@ def connect(num_cpus: int = 0, address: str = "") -> Iterator[None]:
     else:
         # The raylet warns of every dozen of processes beyond this; a run has more actors than a small machine has CPUs.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+        # Where memory runs out, one process that can be done again is killed, a reading task. By default (since Ray
+        # 2.56) it is all that started last until there is room, what Ray Train runs on among it.
+        os.environ.setdefault("RAY_worker_killing_policy_by_group", "true")
         cpus = num_cpus or len(os.sched_getaffinity(0))
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     try:

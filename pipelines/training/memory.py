@@ -20,10 +20,8 @@ from pipelines.config import Config
 
 LOOK_EVERY_S = 5.0
 _OUT_OF_MEMORY = common_pb2.WorkerExitType.Value("NODE_OUT_OF_MEMORY")  # type: ignore[attr-defined]
-# In the words of Ray's raylet; the last tasks of each process are told of twice.
-_CHOSEN = re.compile(
-    r"Selected to kill: *\((?P<kind>\w+).*?job ID=(?P<job>\w+).*?task name=(?P<name>[^,)\s]+)", re.DOTALL
-)
+# In the words of Ray's raylet, which lists with each process that it kills all that it could have killed.
+_CHOSEN = r"Selected to kill: \((?P<kind>\w+).*job ID=(?P<job>\w+),.*task name=(?P<name>[^,]+),.*worker ID={id}\)"
 
 
 def setting(config: Config) -> str:
@@ -50,9 +48,9 @@ class Killed:
         self._job_id = job_id
         self._known: set[bytes] = set()
 
-    def news(self) -> dict[tuple[str, str], int]:
-        """How many processes since the last call, by the address of the node and the name of the task."""
-        found: Counter[tuple[str, str]] = Counter()
+    def news(self) -> dict[str, Counter[str]]:
+        """What has been killed since the last call: how many processes by the name of their task, by node."""
+        found: dict[str, Counter[str]] = {}
         # Ray's public interface to this needs a dashboard, which a Ray of our own does not start.
         for line in ray_state._connect_and_get_accessor().get_worker_table():
             worker = gcs_pb2.WorkerTableData.FromString(line)  # type: ignore[attr-defined]
@@ -60,9 +58,9 @@ class Killed:
             if worker.exit_type != _OUT_OF_MEMORY or address.worker_id in self._known:
                 continue
             self._known.add(address.worker_id)
-            chosen = _CHOSEN.search(worker.exit_detail)
+            chosen = re.search(_CHOSEN.format(id=address.worker_id.hex()), worker.exit_detail)
             if chosen and chosen["job"] == self._job_id:
-                found[address.ip_address, chosen["name"]] += 1
+                found.setdefault(address.ip_address, Counter())[chosen["name"].removesuffix(".__init__")] += 1
         return found
 
 
@@ -76,17 +74,19 @@ def watch_memory(console: Any, config: Config) -> Iterator[None]:
         console: The run's.
         config: The run's configuration.
     """
-    killed = Killed(ray.get_runtime_context().get_job_id())
+    deaths = Killed(ray.get_runtime_context().get_job_id())
     done = threading.Event()
 
     def look() -> None:
         while not done.wait(LOOK_EVERY_S):
             with contextlib.suppress(RayError):
-                for (node, name), times in killed.news().items():
-                    if "TrainWorker" not in name:
+                for node, killed in deaths.news().items():
+                    # A worker's loss is told of where it is replaced.
+                    names = [f"{name} ({times})" for name, times in killed.items() if name != "RayTrainWorker"]
+                    if names:
                         console.say.remote(
-                            f"node {node} ran out of memory: Ray killed {name} {times} times, and does its work "
-                            f"again: {setting(config)}"
+                            f"node {node} ran out of memory: Ray killed {', '.join(names)}, and does that again; "
+                            f"{setting(config)}"
                         )
 
     thread = threading.Thread(target=look, daemon=True)
