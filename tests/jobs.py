@@ -37,7 +37,11 @@ def head() -> Iterator[dict[str, str]]:
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
         try:
             wait_until(lambda: "Ray runtime started" in log.read_text(), 60, log.read_text)
-            yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+            # The last one is for scripts of tests: "auto" may find another test's Ray.
+            yield environment | {
+                "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}",
+                "HEAD_OF_TEST": f"127.0.0.1:{gcs}",
+            }
         finally:
             # Asked to end, it takes longer than the 20 s that one would give it.
             os.killpg(process.pid, signal.SIGKILL)

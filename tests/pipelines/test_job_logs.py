@@ -27,8 +27,8 @@ OURS = re.compile(
     r"|Running entrypoint |.* job_manager.py"
 )
 PORTS = """
-import json, ray
-ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
+import json, os, ray
+ray.init(address=os.environ["HEAD_OF_TEST"], logging_level="ERROR", log_to_driver=False)
 print(json.dumps([f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes()]))
 """
 
