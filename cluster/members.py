@@ -19,11 +19,12 @@ from pipelines.errors import UserError
 
 HEAD, SERVERS = "head", ("mlflow", "s3")
 _START_WITHIN_S = 120.0
-# The head notices a node that is gone after some `period + threshold * period`, instead of 15 s and more.
+# The head notices a node whose processes are gone after some `period + threshold * period`, instead of 15 s and more:
+# its machine refuses to connect. One that does not answer is given time: a busy one may take seconds for it.
 FAST_HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "3",
 }
 # What members are started with, where the environment does not say otherwise.
