@@ -73,6 +73,7 @@ class Server:
             # The whole group: killed alone, the parent leaves its uvicorn workers behind.
             self.signal(signal.SIGKILL)
             self._process.wait()
+            self._process = None
 
 
 class Proxy:

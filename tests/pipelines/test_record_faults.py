@@ -1,5 +1,6 @@
 """MLflow that fails in every way: all points arrive in the end, each once, and the loop never waits."""
 
+import contextlib
 import json
 import os
 import signal
@@ -253,7 +254,12 @@ def test_a_run_through_all_of_it(shards: dict[str, str], tmp_path: Path):
     command += ["--run.storage", str(tmp_path), "--run.name", "weather"]
     told = lambda: log.read_text()[-3000:]  # noqa: E731
 
-    with proxied(server.port) as proxy, tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:
+    with (
+        contextlib.ExitStack() as stack,
+        proxied(server.port) as proxy,
+        tempfile.TemporaryDirectory(prefix="ray-") as ray_folder,
+    ):
+        stack.callback(server.stop)
         proxy.refuse()
         environment = os.environ | {"RAY_TMPDIR": ray_folder, "MLFLOW_TRACKING_URI": proxy.uri}
         environment["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
@@ -300,14 +306,11 @@ def test_a_run_through_all_of_it(shards: dict[str, str], tmp_path: Path):
             process.wait()
             wait_until(lambda: not left_behind(ray_folder), 60, lambda: f"still there: {left_behind(ray_folder)}")
 
-        try:
-            assert spooled(folder) == list(range(1, STEPS + 1))
-            run_id = RunRecord.read(folder).mlflow_run_id
-            assert run_id is not None
-            assert steps_of(server.uri, run_id) == list(range(1, STEPS + 1))
-            assert client(server.uri).get_run(run_id).info.status == "FINISHED"
-        finally:
-            server.stop()
+        assert spooled(folder) == list(range(1, STEPS + 1))
+        run_id = RunRecord.read(folder).mlflow_run_id
+        assert run_id is not None
+        assert steps_of(server.uri, run_id) == list(range(1, STEPS + 1))
+        assert client(server.uri).get_run(run_id).info.status == "FINISHED"
     tracking = json.loads((folder / "result.json").read_text())["tracking_s"]
     print(tracking)
     assert tracking["p99"] < 1e-3
