@@ -61,6 +61,12 @@ def nodes_with_workers(state: State) -> set[str]:
     return {node.name for node in state.nodes if members.training(state, node.name)}
 
 
+def state_of(state: State, node: str) -> str:
+    known = members.ray_nodes(state)
+    assert known is not None
+    return known[node]["state"]
+
+
 def pack(state: State, folder: Path) -> None:
     write_images(folder, 96)
     packed = ["--source", str(folder), "--out", f"s3://{BUCKET}/photos", "--workers", "1"]
@@ -102,14 +108,11 @@ def test_the_walk_through(not_nice, tmp_path):
         wait_for_end(state, "three")
         check_what_is_left(state)
 
-        known = members.ray_nodes(state)
-        assert known is not None
-        assert {name: one["state"] for name, one in known.items()}["node-2"] == "DEAD"
+        assert state_of(state, "node-2") == "DEAD"
         operations.drain(state, "node-1", deadline_s=30, reason="a test")
-        known = members.ray_nodes(state)
-        assert known is not None
-        assert known["node-1"]["state"] == "DEAD"
-        assert known["node-4"]["state"] == "ALIVE"
+        # The head finds out some seconds after it has gone.
+        processes.wait_until(lambda: state_of(state, "node-1") == "DEAD", 30)
+        assert state_of(state, "node-4") == "ALIVE"
     assert not processes.marked(state.mark(), state.ray_dir)
 
 
