@@ -155,7 +155,7 @@ class Scale(Section):
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs that a worker claims from Ray; leave some for reading and decoding."""
     threads: int = Field(default=0, ge=0)
-    """PyTorch threads of a worker on CPUs; 0: the cores of its node, shared among the run's workers there."""
+    """PyTorch threads of a worker on CPUs; 0: the cores of its machine, shared among the run's workers there."""
     reading_cpus: float = Field(default=0.0, ge=0)
     """CPUs that reading and decoding may take, over all workers; 0: all that are free."""
     gpu: bool = False

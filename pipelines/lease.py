@@ -154,7 +154,7 @@ def _take(store: Store, what: str, timing: Timing) -> Owner:
     Raises:
         UserError: Somebody else has it, and is alive.
     """
-    place = _place()
+    place = this_machine()
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     mine = Owner(secrets.token_hex(8), socket.gethostname(), place, os.getpid(), _started(os.getpid()), since)
     found = _read(store)
@@ -246,7 +246,7 @@ def _read(store: Store) -> Owner | None:
         return Owner()
 
 
-def _place() -> str:
+def this_machine() -> str:
     """This machine since it was started, and its numbering of processes, which each container has of its own."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -23,7 +23,7 @@ from pipelines.config import identity, identity_hash, total_steps
 from pipelines.data.feed import Feed, join_crew
 from pipelines.data.readers import MicroBatch
 from pipelines.errors import DIVERGED, FAILED, USAGE_ERROR, UserError
-from pipelines.lease import check_of
+from pipelines.lease import check_of, this_machine
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
 from pipelines.training import checkpoint, micro_size, nonfinite
@@ -89,6 +89,15 @@ def train_worker(job: Job) -> None:
             run.close()
 
 
+def workers_on_this_machine(world_size: int) -> int:
+    """How many of a run's workers share this machine, on one Ray node or on several; all call it."""
+    mine = this_machine() or ray.get_runtime_context().get_node_id()
+    places = [mine] * world_size
+    if world_size > 1:
+        dist.all_gather_object(places, mine)
+    return places.count(mine)
+
+
 class _Worker:
     """One rank of a run: its share of the data, its replica of the model, and on rank 0 the record."""
 
@@ -97,12 +106,14 @@ class _Worker:
         self.job = job
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
+        sharing = context.get_local_world_size()
         if self.device.type == "cpu":
-            # Ray sets one thread a worker; the workers of a node share its cores.
+            sharing = workers_on_this_machine(self.world_size)
+            # Ray sets one thread a worker; the workers of a machine share its cores.
             cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(job.config.scale.threads or max(1, cores // context.get_local_world_size()))
+            torch.set_num_threads(job.config.scale.threads or max(1, cores // sharing))
         self.store = Store(job.config.run.storage).child(job.config.run.name)
-        config, found = micro_size.resolve(job.config, self.store, self.device, context.get_local_world_size())
+        config, found = micro_size.resolve(job.config, self.store, self.device, sharing)
         self.config = config
         if found:
             self.say(found)
