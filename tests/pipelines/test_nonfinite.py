@@ -23,24 +23,35 @@ from pipelines.storage import Store
 from pipelines.training.nonfinite import FILE, seen_before
 from pipelines.training.runfolder import RunFolder
 from tests.pipelines.test_pretrain import arguments, command, delivered, losses, points, recipe, steps_done
-from tests.pipelines.two_ranks import FAULTS, rank
+from tests.pipelines.two_ranks import FAULTS, neighbour, rank
 
 __all__ = ["recipe"]  # a fixture
 
 
-def test_what_is_not_finite_on_one_rank_is_skipped_by_all():
+def in_ranks(work, *each):
+    """What a function of ``two_ranks`` puts, by rank; each rank is a process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     spawned = multiprocessing.get_context("spawn")
     results = spawned.Queue()
-    ranks = [spawned.Process(target=rank, args=(number, port, results)) for number in range(2)]
+    world_size = len(each[0]) if each else 2
+    ranks = [spawned.Process(target=work, args=(number, port, *each, results)) for number in range(world_size)]
     for one in ranks:
         one.start()
     told = dict(results.get(timeout=120) for _ in ranks)
     for one in ranks:
         one.join(60)
         assert one.exitcode == 0
+    return told
+
+
+def test_workers_of_one_machine_are_counted_also_on_several_nodes():
+    assert in_ranks(neighbour, ["a", "b", "a"]) == {0: 2, 1: 1, 2: 2}
+
+
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all():
+    told = in_ranks(rank)
     for number in range(2):
         assert [bad for bad, _, _ in told[number]] == [0, 0, 1, 0, 1, 0]
         # What rank 0 wished has come to both, in that step.

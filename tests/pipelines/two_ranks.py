@@ -56,3 +56,15 @@ def rank(number: int, port: int, results: Any) -> None:
     results.close()
     results.join_thread()
     dist.destroy_process_group()
+
+
+def neighbour(number: int, port: int, machines: list[str], results: Any) -> None:
+    """Puts how many workers share this one's machine."""
+    from pipelines.training import loop
+
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=len(machines))
+    loop.this_machine = lambda: machines[number]
+    results.put((number, loop.workers_on_this_machine(len(machines))))
+    results.close()
+    results.join_thread()
+    dist.destroy_process_group()
