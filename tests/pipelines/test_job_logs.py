@@ -91,7 +91,7 @@ def test_the_log_and_the_gauges_of_a_job(cluster, shards, tmp_path):
     assert "\r" not in log
     assert "\x1b" not in log
     lines = log.splitlines()
-    assert f"run 'job': 300 images, {STEPS} steps of 40 on 2 workers" in lines
+    assert f"run 'job': 300 images, {STEPS:,} steps of 40 on 2 workers" in lines
     again = next(i for i, line in enumerate(lines) if line.startswith("continuing from the checkpoint of step"))
     for part in (lines[:again], lines[again:]):
         steps = [int(found[1]) for line in part if (found := STEP.match(line))]

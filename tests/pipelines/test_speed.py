@@ -59,7 +59,7 @@ for _ in range(3):
         if model is watched:
             clock.begin()
             if rank == 0:
-                time.sleep(0.2)
+                time.sleep(1.0)
         loss.backward()
         if model is watched:
             clock.mark("communication")
@@ -81,9 +81,9 @@ def test_what_the_all_reduce_adds_is_told_and_changes_no_bit(tmp_path):
     assert [worker.returncode for worker in workers] == [0, 0, 0], told
     slow, *fast = ([float(value) for value in out.split()] for out, _ in told)
     # Who is slow has computed for so long; the others have waited for it.
-    assert slow[0] > 0.2 > slow[1]
+    assert slow[0] > 1.0 > slow[1]
     for backward, communication in fast:
-        assert communication > 0.15 > backward
+        assert communication > 0.8 > backward
 
 
 # ---- the micro-batch
