@@ -105,8 +105,6 @@ def flags(name: str, ids: Path) -> list[str]:
         "log.pictures": 0, "scale.workers": WORKERS, "scale.max-failures": -1,
         # More than half of a node: a worker has a node to itself.
         "scale.cpus-per-worker": 1.2,
-        # All nodes share this machine's cores, of which each worker would take all.
-        "scale.threads": max(1, len(os.sched_getaffinity(0)) // WORKERS),
     }  # fmt: skip
     return [part for key, value in values.items() for part in (f"--{key}", str(value))] + [
         "--log.ids",

@@ -21,7 +21,7 @@ from pipelines.config import Config
 LOOK_EVERY_S = 5.0
 _OUT_OF_MEMORY = common_pb2.WorkerExitType.Value("NODE_OUT_OF_MEMORY")  # type: ignore[attr-defined]
 # In the words of Ray's raylet, which lists with each process that it kills all that it could have killed.
-_CHOSEN = r"Selected to kill: \((?P<kind>\w+).*job ID=(?P<job>\w+),.*task name=(?P<name>[^,]+),.*worker ID={id}\)"
+_CHOSEN = r"Selected to kill: .*job ID=(?P<job>\w+),.*task name=(?P<name>[^,]+),.*worker ID={id}\)"
 
 
 def setting(config: Config) -> str:
@@ -33,8 +33,8 @@ def setting(config: Config) -> str:
 
 
 def ran_out(text: str) -> bool:
-    """Whether an error's text is Ray's about memory."""
-    return "running low on memory" in text or "memory pressure" in text or "out of memory" in text
+    """Whether an error's text is Ray's about a node's memory; that of a GPU is another matter."""
+    return "running low on memory" in text or "memory pressure" in text
 
 
 class Killed:

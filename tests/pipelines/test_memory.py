@@ -13,6 +13,9 @@ import psutil
 import pytest
 
 from cluster.processes import wait_until
+from pipelines.config import Config
+from pipelines.training.lost import reason
+from pipelines.training.memory import ran_out
 from tests.pipelines.test_pretrain import ROOT, arguments, command, recipe, steps_done
 from tests.pipelines.test_stop import QUIET, check_ids, checkpoints
 
@@ -96,3 +99,9 @@ def test_of_a_worker_the_setting_is_named_too(short_folder):
         [sys.executable, "-c", WORKER], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.startswith("its node ran out of memory: lower batch.micro_size ("), done.stdout + done.stderr
+
+
+def test_the_memory_of_a_gpu_is_told_as_what_it_is():
+    error = RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    assert reason(error, Config()) == "RuntimeError: CUDA out of memory. Tried to allocate 20.00 MiB."
+    assert not ran_out(str(error))
