@@ -82,6 +82,7 @@ def test_the_log_and_the_gauges_of_a_job(cluster, shards, tmp_path):
         and process.environ().get("RAY_AUTH_TOKEN") == cluster["RAY_AUTH_TOKEN"]
     ]
     assert workers
+    wait_until(lambda: any((tmp_path / "job" / "checkpoints").glob("*/manifest.json")), 60, told)
     workers[-1].kill()
     # The command would take a core for two seconds each time.
     wait_until(lambda: status(cluster) == "SUCCEEDED", 240, told)
