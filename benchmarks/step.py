@@ -196,7 +196,9 @@ def _arm(pipe: Connection, name: str, args: Step, model: str, threads: int, devi
                 return
             with FlopCounterMode(display=False) as counter:
                 loss = plain()
-            pipe.send((loss, counter.get_total_flops() / 1e9, timed(step, 1)[0] if kind.compiled else 0.0))
+            # Its first step as it is measured, for all arms, which are to have done the same steps.
+            first_s = timed(step, 1)[0]
+            pipe.send((loss, counter.get_total_flops() / 1e9, first_s if kind.compiled else 0.0))
         elif what == "turn":
             assert step is not None
             pipe.send(timed(step, args.steps))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
@@ -36,8 +37,14 @@ def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     values, weight = ctx.saved_tensors
+    return _gradients(grad, values, weight, ctx.needs_input_grad)
+
+
+def _gradients(
+    grad: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, needed: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, ...]:
     grad = grad.reshape(-1, weight.shape[0])
-    of_values, of_weight, of_bias = ctx.needs_input_grad
+    of_values, of_weight, of_bias = needed
     return (
         _linear(grad, weight.t(), None).view(values.shape) if of_values else None,
         _linear(grad.t(), values.reshape(-1, weight.shape[1]).t(), None) if of_weight else None,
@@ -56,6 +63,16 @@ def _(values_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
 _FASTER = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+def _is_faster(values: torch.Tensor, weight: torch.Tensor) -> bool:
+    return bool(
+        _FASTER
+        and values.device.type == "cpu"
+        and values.dtype == weight.dtype == torch.float32
+        and values.numel()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def linear(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``nn.functional.linear``; in float32 on a CPU with AVX-512 by oneDNN.
 
@@ -67,13 +84,7 @@ def linear(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Returns:
         [..., O].
     """
-    if (
-        _FASTER
-        and values.device.type == "cpu"
-        and values.dtype == weight.dtype == torch.float32
-        and values.numel()
-        and not torch.is_autocast_enabled("cpu")
-    ):
+    if _is_faster(values, weight):
         return _linear(values, weight, bias)
     return nn.functional.linear(values, weight, bias)
 
@@ -84,6 +95,32 @@ class Linear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As ``nn.Linear.forward``."""
         return linear(input, self.weight, self.bias)
+
+
+class _GeluLinear(torch.autograd.Function):
+    """``linear`` behind a GELU whose values are not kept: what it was given is kept anyway, and gives them anew."""
+
+    @staticmethod
+    def forward(ctx: Any, before: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(before, weight)
+        return _linear(nn.functional.gelu(before), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        before, weight = ctx.saved_tensors
+        of_after, *others = _gradients(grad_outputs[0], nn.functional.gelu(before), weight, ctx.needs_input_grad)
+        return None if of_after is None else torch.ops.aten.gelu_backward(of_after, before), *others
+
+
+class PlainMlp(Mlp):
+    """timm's MLP of two layers with a GELU between, without its options; keeps less for the backward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As ``Mlp.forward``."""
+        before = self.fc1(x)
+        if _is_faster(before, self.fc2.weight) and not torch.compiler.is_compiling():  # a compiler does it by itself
+            return _GeluLinear.apply(before, self.fc2.weight, self.fc2.bias)  # type: ignore[return-value]
+        return self.fc2(self.act(before))
 
 
 class SelfAttention(Attention):
@@ -114,12 +151,25 @@ class SelfAttention(Attention):
 
 
 def use_fast_layers(model: nn.Module) -> None:
-    """Turns the plain linear layers and attentions of a model into those of this file, parameters and keys kept."""
+    """Turns plain linear layers, attentions and MLPs of a model into those of this file, parameters and keys kept."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
         elif type(module) is Attention:
             module.__class__ = SelfAttention
+        elif type(module) is Mlp and _is_plain(module):
+            module.__class__ = PlainMlp
+
+
+def _is_plain(mlp: Mlp) -> bool:
+    return (
+        isinstance(mlp.fc2, nn.Linear)
+        and type(mlp.act) is nn.GELU
+        and mlp.act.approximate == "none"
+        and type(mlp.norm) is nn.Identity
+        and not mlp.drop1.p
+        and not mlp.drop2.p
+    )
 
 
 def transformer_flops(blocks: Iterable[Any], num_tokens: int) -> int:

@@ -1,13 +1,18 @@
 """The benchmark of the step, on tiny images."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.step import main
+from benchmarks import step_arms
+from benchmarks.step import Step, _arm, _ask, main
 from pipelines.errors import UserError
 
 ARMS = ["float32", "transformers_float32", "official_style_float32"]
@@ -33,6 +38,24 @@ def test_tiny_steps(tmp_path):
     assert arms["float32"]["gflops"] < arms["transformers_float32"]["gflops"]
     assert all(arm["memory_mib"] > 300 for arm in arms.values())  # 27 M parameters and what AdamW keeps of them
     assert "over_transformers" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["float32", "float32_compiled", "transformers_float32"])
+def test_all_arms_have_done_the_same_steps(name, monkeypatch):
+    """Or their losses could not be compared; that of a compiled one, whose making takes a minute, among them."""
+    done = []
+    monkeypatch.setattr(step_arms, "make_step", lambda *_: [lambda: done.append("step") or 1.0] * 2)
+    ends: Any = multiprocessing.Pipe()
+    here, there = ends
+    args = (there, name, Step(steps=3), "vit_tiny_patch16_224", torch.get_num_threads(), "cpu")
+    arm = threading.Thread(target=_arm, args=args)
+    arm.start()
+    _ask(here, "begin")
+    _ask(here, "turn")
+    here.close()
+    arm.join(30)
+    assert not arm.is_alive()
+    assert len(done) == 5
 
 
 def test_wrong_flags_are_one_line():

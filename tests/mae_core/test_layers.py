@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mae_core.layers import Linear, SelfAttention, linear, use_fast_layers
+from mae_core.layers import Linear, PlainMlp, SelfAttention, linear, use_fast_layers
 from mae_core.model import MaskedAutoencoder
 
 
@@ -72,8 +73,53 @@ def test_attention_is_timms(bfloat16):
         torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [(), ("fc1",), ("fc2",), ("fc1", "fc2")])
+def test_an_mlp_is_timms(bias, frozen):
+    theirs = Mlp(24, 96, bias=bias)
+    for name in frozen:
+        getattr(theirs, name).requires_grad_(False)
+    ours = copy.deepcopy(theirs)
+    use_fast_layers(ours)
+    assert type(ours) is PlainMlp
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    tokens, grad = random(2, 5, 24), random(2, 5, 24, seed=1)
+    torch.testing.assert_close(gradients(ours, tokens, grad=grad), gradients(theirs, tokens, grad=grad))
+    parameters = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, parameters[name].grad)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens))
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="elsewhere it is timm's")
+def test_an_mlp_keeps_each_of_its_hidden_values_once():
+    mlp = Mlp(24, 96)
+    use_fast_layers(mlp)
+    tokens, kept = random(2, 5, 24), {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = mlp(tokens)
+    hidden = [size for size in kept.values() if size == 2 * 5 * 96]
+    assert len(hidden) == 1, kept
+    assert out.requires_grad
+
+
+@pytest.mark.parametrize(
+    "options", [{"drop": 0.1}, {"act_layer": nn.ReLU}, {"norm_layer": nn.LayerNorm}, {"use_conv": True}]
+)
+def test_an_mlp_with_options_stays_timms(options):
+    mlp = Mlp(24, 96, **options)
+    use_fast_layers(mlp)
+    assert type(mlp) is Mlp
+
+
 def test_a_model_has_them_in_encoder_and_decoder():
     model = MaskedAutoencoder("vit_tiny_patch16_224", image_size=32, decoder_width=16, decoder_depth=1, decoder_heads=2)
     kinds = {type(module) for module in model.modules()}
-    assert {Linear, SelfAttention} <= kinds
-    assert not {nn.Linear, Attention} & kinds
+    assert {Linear, SelfAttention, PlainMlp} <= kinds
+    assert not {nn.Linear, Attention, Mlp} & kinds
