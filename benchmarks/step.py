@@ -32,6 +32,7 @@ from pipelines.errors import UserError, run_command
 Arm = Literal[
     "float32",
     "float32_compiled",
+    "float32_checkpointed",
     "bfloat16",
     "bfloat16_compiled",
     "transformers_float32",
@@ -48,11 +49,14 @@ RATIOS = {
     "bf16_over_transformers_bf16": ("transformers_bfloat16", "bfloat16"),
     "bf16_compiled_over_transformers_bf16": ("transformers_bfloat16", "bfloat16_compiled"),
     "bf16_over_float32": ("float32", "bfloat16"),
+    "checkpointed_over_float32": ("float32", "float32_checkpointed"),
 }
 MEMORY = {
     "memory_over_transformers": ("transformers_float32", "float32"),
     "compiled_memory_over_transformers": ("transformers_float32", "float32_compiled"),
+    "checkpointed_memory_over_float32": ("float32", "float32_checkpointed"),
     "bf16_memory_over_transformers_bf16": ("transformers_bfloat16", "bfloat16"),
+    "bf16_compiled_memory_over_transformers_bf16": ("transformers_bfloat16", "bfloat16_compiled"),
 }
 # Relative, of losses: float32 differs by the order of sums, bfloat16 by its own rounding too; and after some steps by
 # what has become of that.

@@ -21,7 +21,7 @@ from mae_core.optim import make_optimizer, parameter_groups
 from mae_core.randomness import mask_keys
 from pipelines.config import Config
 from pipelines.data.plan import Cut
-from pipelines.training.build import build_model, make_trainer
+from pipelines.training.build import build_model, make_trainer, maybe_compiled
 from pipelines.training.dry_run import random_batch
 from pipelines.training.step import autocast, train_step
 
@@ -39,16 +39,19 @@ class Kind:
         code: Whose step.
         precision: As ``train.precision``.
         compiled: By torch.compile.
+        checkpointed: With activation checkpointing.
     """
 
     code: str
     precision: str = "float32"
     compiled: bool = False
+    checkpointed: bool = False
 
 
 ARMS = {
     "float32": Kind("ours"),
     "float32_compiled": Kind("ours", compiled=True),
+    "float32_checkpointed": Kind("ours", checkpointed=True),
     "bfloat16": Kind("ours", "bfloat16"),
     "bfloat16_compiled": Kind("ours", "bfloat16", compiled=True),
     "transformers_float32": Kind("transformers"),
@@ -65,7 +68,11 @@ def make_config(model: str, image_size: int, batch: int, kind: Kind) -> Config:
             "model": {"arch": model, "target": "normalized"},
             "batch": {"global_size": batch, "micro_size": batch},
             "optim": {"weight_decay": DECAY, "betas": BETAS},
-            "train": {"precision": kind.precision, "compile": kind.compiled},
+            "train": {
+                "precision": kind.precision,
+                "compile": kind.compiled,
+                "checkpoint_activations": kind.checkpointed,
+            },
         }
     )
 
@@ -87,8 +94,7 @@ def make_step(config: Config, kind: Kind, device: torch.device) -> tuple[Step, S
             trainer = make_trainer(config, module, ours.masking, optimizer, Cut(rows, rows, 1), device)
             return lambda: train_step(trainer, batches, LR)[0].item()
 
-        compiled: nn.Module = torch.compile(ours) if kind.compiled else ours  # type: ignore[assignment]
-        return step_of(compiled), step_of(ours)
+        return step_of(maybe_compiled(config, ours, device)), step_of(ours)
 
     # What the run's step does on the way to the device, done once: the others are not timed for it.
     images_BCHW = normalize(torch.from_numpy(batch.images_BHWC).to(device), config.data.mean, config.data.std)

@@ -118,7 +118,7 @@ class PlainMlp(Mlp):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As ``Mlp.forward``."""
         before = self.fc1(x)
-        if _is_faster(before, self.fc2.weight) and not torch.compiler.is_compiling():  # a compiler does it by itself
+        if _is_faster(before, self.fc2.weight) and not torch.compiler.is_compiling():  # which decides that itself
             return _GeluLinear.apply(before, self.fc2.weight, self.fc2.bias)  # type: ignore[return-value]
         return self.fc2(self.act(before))
 

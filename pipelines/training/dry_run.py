@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
 
 from mae_core.optim import make_optimizer
 from pipelines.config import Config
 from pipelines.data.plan import Cut
 from pipelines.data.readers import MicroBatch, Stream, parse_block, read_blocks
 from pipelines.errors import UserError
-from pipelines.training.build import build_model, make_trainer
+from pipelines.training.build import build_model, make_trainer, maybe_compiled
 from pipelines.training.step import train_step
 
 _READ_TASKS = 64  # of the run's first ones: more than anybody waits for
@@ -105,7 +104,7 @@ def _timed_steps(
     for buffer in model.target.buffers():
         buffer.zero_()  # NaN until they are fitted
     optimizer = make_optimizer(model, config.optim.weight_decay, config.optim.betas)
-    module: nn.Module = torch.compile(model) if config.train.compile else model  # type: ignore[assignment]
+    module = maybe_compiled(config, model, device)
     trainer = make_trainer(config, module, model.masking, optimizer, cut, device)
     batches = itertools.repeat(random_batch(config, cut.rows))
 

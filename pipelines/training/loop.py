@@ -27,7 +27,7 @@ from pipelines.lease import check_of, this_machine
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
 from pipelines.training import checkpoint, micro_size, nonfinite
-from pipelines.training.build import build_model, fit_target, initial_weights, make_stream, make_trainer
+from pipelines.training.build import build_model, fit_target, initial_weights, make_stream, make_trainer, maybe_compiled
 from pipelines.training.evaluation import Evaluation
 from pipelines.training.exporting import ExportedSpool
 from pipelines.training.guard import BAD_STEPS_IN_A_ROW, Guard
@@ -337,7 +337,7 @@ class _Worker:
             yield from ended
 
     def _trainer(self) -> Trainer:
-        model: torch.nn.Module = torch.compile(self.model) if self.config.train.compile else self.model  # type: ignore[assignment]
+        model = maybe_compiled(self.config, self.model, self.device)
         if self.world_size > 1:
             # The only buffers are a fitted target's, which never change.
             model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
