@@ -146,12 +146,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=7.5, help="it ends by then (default: 7.5)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these; MFU needs rates")
     parser.add_argument("--json", default="", help="file for the numbers; a table in Markdown is written beside it")
     parser.add_argument("--dry-run", action="store_true", help="go through everything on a CPU, with tiny shapes")
     args = parser.parse_args(argv)
     if not args.dry_run and not gpu_is_here():
         print("error: PyTorch finds no GPU here; --dry-run goes through everything on a CPU", file=sys.stderr)
+        return 2
+    if args.json and not Path(args.json).parent.is_dir():
+        print(f"error: --json {args.json}: no folder {Path(args.json).parent}", file=sys.stderr)
         return 2
     end = time.monotonic() + 60 * args.minutes
     result: Row = {"machine": machine(args.dry_run), "rows": []}

@@ -169,7 +169,8 @@ def ingest(work: Work) -> None:
         size = (64, 48) if work.dry_run else (500, 375)
         manifest = write_shards(Path(folder), 64 if work.dry_run else 8192, size, 2 if work.dry_run else 8)
         stream = Stream(manifest, Plan(manifest.num_samples, 0), Cut(rows, rows, 1), View(image_size, 3, 0, (0.2, 1.0)))
-        loader = DataLoader(_Reading(stream), batch_size=None, num_workers=processes, prefetch_factor=4)
+        ahead = 4  # batches of a process
+        loader = DataLoader(_Reading(stream), batch_size=None, num_workers=processes, prefetch_factor=ahead)
         zeros_B = np.zeros(rows, np.int64)
 
         def batches() -> Generator[MicroBatch]:
@@ -186,6 +187,8 @@ def ingest(work: Work) -> None:
             decoded += rows
         decode = decoded / (time.perf_counter() - start)
         resident, _ = _rate(work, trainer, itertools.repeat(next(coming)), seconds / 3)
+        for _ in range(ahead * processes):
+            next(coming)  # which have been decoded while nobody took any
         found, _ = _rate(work, trainer, coming, seconds)
         coming.close()
     work.number(f"decoding alone, {processes} processes, {size[0]}x{size[1]}", decode, "images/s")

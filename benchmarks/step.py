@@ -7,6 +7,7 @@ taken within each turn. Before that all have to find the same loss, and after it
 same way.
 """
 
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import torch._inductor.config as inductor
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 from torch.utils.flop_counter import FlopCounterMode
@@ -72,10 +72,10 @@ class Step(BaseModel):
 
     models: tuple[str, ...] = ("vit_small_patch16_224", "vit_base_patch16_224")
     """Plain ViTs of timm."""
-    threads: tuple[int, ...] = (1, 2)
+    threads: tuple[Annotated[int, Field(gt=0)], ...] = (1, 2)
     """CPU threads."""
     only: tuple[Arm, ...] = _ALL
-    """Arms to measure."""
+    """Arms to measure. They are all in memory at once: those of ViT-B on a CPU take 20 GiB."""
     rounds: int = Field(default=5, ge=1)
     """How often each arm has its turn."""
     steps: int = Field(default=1, ge=1)
@@ -115,15 +115,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here")
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if args.output and not Path(args.output).parent.is_dir():
+        raise UserError(f"--json {args.output}: no folder {Path(args.output).parent}")
     results: dict[str, Any] = {}
     for model in args.models:
         for threads in args.threads:
             measured = _measure(args, model, threads, device)
             results.setdefault(model, {})[str(threads)] = result = _result(measured, device)
             print("\n".join(_told(args, model, threads, device, measured, result)), flush=True)
-    if args.output:
-        machine = {"torch": torch.__version__, "processor": _processor(), "device": _device_name(device)}
-        Path(args.output).write_text(json.dumps({**machine, **args.model_dump(), "models": results}, indent=2))
+            if args.output:  # what there is; the rest takes minutes
+                found = {**_machine(device), **args.model_dump(), "models": results}
+                Path(args.output).write_text(json.dumps(found, indent=2))
     return 0
 
 
@@ -142,11 +144,11 @@ def _measure(args: Step, model: str, threads: int, device: str) -> dict[str, _Me
             there.close()
             arms[name] = here, process
         measured = {name: _Measured(*_ask(pipe, "begin")) for name, (pipe, _) in arms.items()}
-        _check({name: (one.loss, EQUAL) for name, one in measured.items()}, "do not begin with the same loss")
+        _check({name: one.loss for name, one in measured.items()}, EQUAL, "do not begin with the same loss")
         for _ in range(args.rounds):
             for name, (pipe, _) in arms.items():
                 measured[name].turns.append(_ask(pipe, "turn"))
-        _check({name: (one.turns[-1][2], TRACKS) for name, one in measured.items()}, "did not go the same way")
+        _check({name: one.turns[-1][2] for name, one in measured.items()}, TRACKS, "did not go the same way")
         for name, (pipe, _) in arms.items():
             measured[name].memory_mib = _ask(pipe, "memory")
         return measured
@@ -158,11 +160,14 @@ def _measure(args: Step, model: str, threads: int, device: str) -> dict[str, _Me
 
 
 def _ask(pipe: Connection, what: str) -> Any:
-    pipe.send(what)
     try:
+        pipe.send(what)
         answer = pipe.recv()
-    except EOFError:
-        raise RuntimeError("an arm's process ended; its error stands above") from None
+    except (EOFError, ConnectionError):
+        raise UserError(
+            "an arm's process ended: its error stands above, or there is none, and memory ran out (all arms are there "
+            "at once: --only takes some of them, --batch fewer images)"
+        ) from None
     if isinstance(answer, Exception):
         raise answer
     return answer
@@ -173,7 +178,6 @@ def _arm(pipe: Connection, name: str, args: Step, model: str, threads: int, devi
     from benchmarks.step_arms import ARMS, make_config, make_step
 
     torch.set_num_threads(threads)
-    inductor.cpp.threads = threads  # which its cache would not look at otherwise
     kind, device = ARMS[name], torch.device(device_type)
     before = _memory_mib("VmRSS")
 
@@ -218,12 +222,12 @@ def _memory_mib(key: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def _check(losses: Mapping[str, tuple[float, Mapping[str, float]]], what: str) -> None:
-    first = next(loss for loss, _ in losses.values())
-    for name, (loss, limits) in losses.items():
-        limit = limits["bfloat16" if "bfloat16" in name + next(iter(losses)) else "float32"]
-        if not abs(loss / first - 1) <= limit:
-            raise RuntimeError(f"the arms {what}: { ({name: loss for name, (loss, _) in losses.items()}) }")
+def _check(losses: Mapping[str, float], limits: Mapping[str, float], what: str) -> None:
+    first = next(iter(losses))
+    for name, loss in losses.items():
+        limit = limits["bfloat16" if "bfloat16" in name + first else "float32"]
+        if not abs(loss / losses[first] - 1) <= limit:
+            raise RuntimeError(f"the arms {what}: {losses}")
 
 
 def _undisturbed(measured: Mapping[str, _Measured], device: str) -> list[int]:
@@ -299,6 +303,11 @@ def _told(
         for key, values in details["ratios"].items()
     ]
     return lines + [f"  {key:40} {result[key]:6.3f}" for key in MEMORY if key in result]
+
+
+def _machine(device: str) -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "timm", "transformers")}
+    return {**versions, "processor": _processor(), "cores": os.cpu_count(), "device": _device_name(device)}
 
 
 def _processor() -> str:

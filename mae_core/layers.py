@@ -101,9 +101,12 @@ class _GeluLinear(torch.autograd.Function):
     """``linear`` behind a GELU whose values are not kept: what it was given is kept anyway, and gives them anew."""
 
     @staticmethod
-    def forward(ctx: Any, before: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(before, weight)
+    def forward(before: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return _linear(nn.functional.gelu(before), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _save(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -113,14 +116,29 @@ class _GeluLinear(torch.autograd.Function):
 
 
 class PlainMlp(Mlp):
-    """timm's MLP of two layers with a GELU between, without its options; keeps less for the backward pass."""
+    """timm's MLP of two layers with a GELU between, without its options; keeps less for the backward pass.
+
+    Where somebody has put something else in the place of GELU or the second layer, or hooks on them, it is timm's.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As ``Mlp.forward``."""
         before = self.fc1(x)
-        if _is_faster(before, self.fc2.weight) and not torch.compiler.is_compiling():  # which decides that itself
+        if (
+            type(self.act) is nn.GELU
+            and type(self.fc2) is Linear
+            and not _has_hooks(self.act)
+            and not _has_hooks(self.fc2)
+            and _is_faster(before, self.fc2.weight)
+            and not torch.compiler.is_compiling()  # a compiler decides that itself
+        ):
             return _GeluLinear.apply(before, self.fc2.weight, self.fc2.bias)  # type: ignore[return-value]
         return self.fc2(self.act(before))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks)
 
 
 class SelfAttention(Attention):
@@ -155,15 +173,31 @@ def use_fast_layers(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
-        elif type(module) is Attention:
+        elif is_plain_attention(module):
             module.__class__ = SelfAttention
-        elif type(module) is Mlp and _is_plain(module):
+        elif is_plain_mlp(module):
             module.__class__ = PlainMlp
 
 
-def _is_plain(mlp: Mlp) -> bool:
+def is_plain_attention(module: nn.Module) -> bool:
+    """Whether a module is timm's attention without any of its options; the younger ones need not be there."""
+    attention: Any = module
     return (
-        isinstance(mlp.fc2, nn.Linear)
+        type(module) is Attention
+        and all(type(getattr(attention, name, nn.Identity())) is nn.Identity for name in ("q_norm", "k_norm", "norm"))
+        and getattr(attention, "gate", None) is None
+        and attention.num_heads * attention.head_dim == attention.qkv.in_features == attention.proj.out_features
+        and not attention.attn_drop.p
+        and not attention.proj_drop.p
+    )
+
+
+def is_plain_mlp(module: nn.Module) -> bool:
+    """Whether a module is timm's MLP of two linear layers with an exact GELU, without any of its options."""
+    mlp: Any = module
+    return (
+        type(module) is Mlp
+        and isinstance(mlp.fc2, nn.Linear)
         and type(mlp.act) is nn.GELU
         and mlp.act.approximate == "none"
         and type(mlp.norm) is nn.Identity

@@ -5,10 +5,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers.attention import Attention
-from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
+
+from mae_core.layers import is_plain_attention, is_plain_mlp
 
 _EXAMPLES = ", ".join(f"vit_{size}" for size in ("tiny_patch16_224", "small_patch16_224", "base_patch16_224"))
 
@@ -40,6 +40,7 @@ def _is_plain(vit: nn.Module) -> bool:
     if type(vit) is not VisionTransformer or vit.cls_token is None or vit.num_prefix_tokens != 1:
         return False
     block: Any = vit.blocks[0]
+    attention: Any = block.attn
     return (
         vit.pos_embed is not None
         and not vit.no_embed_class
@@ -48,10 +49,9 @@ def _is_plain(vit: nn.Module) -> bool:
         and vit.norm.eps == 1e-6
         and type(block) is Block
         and isinstance(block.ls1, nn.Identity)
-        and type(block.attn) is Attention
-        and isinstance(block.attn.q_norm, nn.Identity)
-        and block.attn.qkv.bias is not None
-        and type(block.mlp) is Mlp
+        and attention.qkv.bias is not None
+        and is_plain_attention(attention)
+        and is_plain_mlp(block.mlp)
     )
 
 

@@ -140,7 +140,8 @@ class Train(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on a GPU, float32 on a CPU."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile: faster steps, after a minute or so at the start; takes a C++ compiler on a
+    CPU."""
     checkpoint_activations: bool = False
     """Compute the blocks' activations anew in the backward pass instead of keeping them: less memory, slower."""
 

@@ -17,7 +17,7 @@ from pipelines.config import Config
 from pipelines.data.plan import Cut
 from pipelines.data.readers import MicroBatch, Stream, parse_block, read_blocks
 from pipelines.errors import UserError
-from pipelines.training.build import build_model, make_trainer, maybe_compiled
+from pipelines.training.build import build_model, compiler_told, make_trainer, maybe_compiled
 from pipelines.training.step import train_step
 
 _READ_TASKS = 64  # of the run's first ones: more than anybody waits for
@@ -83,7 +83,7 @@ def measure_step(config: Config, cut: Cut, device: torch.device, *, threads: int
     """
     before = _peak_bytes(device)
     try:
-        with cpu_threads(threads):
+        with cpu_threads(threads), compiler_told(config):
             turns, times = _timed_steps(config, cut, device, seconds)
     except torch.OutOfMemoryError:
         raise UserError(

@@ -27,13 +27,21 @@ from pipelines.lease import check_of, this_machine
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
 from pipelines.training import checkpoint, micro_size, nonfinite
-from pipelines.training.build import build_model, fit_target, initial_weights, make_stream, make_trainer, maybe_compiled
+from pipelines.training.build import (
+    build_model,
+    compiler_told,
+    fit_target,
+    initial_weights,
+    make_stream,
+    make_trainer,
+    maybe_compiled,
+)
 from pipelines.training.evaluation import Evaluation
 from pipelines.training.exporting import ExportedSpool
 from pipelines.training.guard import BAD_STEPS_IN_A_ROW, Guard
 from pipelines.training.job import GoBackError, Job
 from pipelines.training.probing import Prober
-from pipelines.training.profiling import PROFILE, Profile
+from pipelines.training.profiling import BEFORE, PROFILE, Profile
 from pipelines.training.progress import Progress
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import Trainer, autocast, train_step
@@ -64,7 +72,8 @@ def train_worker(job: Job) -> None:
     try:
         run = _Worker(job)
         start = run.resume()
-        end = run.train(start)
+        with compiler_told(run.config):
+            end = run.train(start)
         if end == "FINISHED":
             run.finish()
         elif end == "JUDGED":
@@ -349,6 +358,8 @@ class _Worker:
     def _end_profile(self) -> None:
         if self.profile:
             self._keep(self.profile.end())
+            if not self.profile.written:
+                self.say(f"warning: no profile: it is of the steps after the first {BEFORE} of a start, and none came")
 
     def _keep(self, files: list[Path]) -> None:
         """Notes the files of a profile, where it has just been written."""

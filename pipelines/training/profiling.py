@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 PROFILE = "profile"  # the folder below the run's and among its artifacts
 STEPS = 10
-_BEFORE = 5  # steps that are not in it: kernels are chosen and compiled, memory is taken
+BEFORE = 5  # steps that are not in it: kernels are chosen and compiled, memory is taken
 
 
 class Profile:
@@ -24,12 +24,17 @@ class Profile:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         self._profile = profile(
             activities=activities,
-            schedule=schedule(wait=_BEFORE - 1, warmup=1, active=STEPS, repeat=1),
+            schedule=schedule(wait=BEFORE - 1, warmup=1, active=STEPS, repeat=1),
             on_trace_ready=self._write,
             record_shapes=True,
         )
         self._profile.start()
         self._open = True
+
+    @property
+    def written(self) -> bool:
+        """Whether the files are there."""
+        return bool(self._files)
 
     def step(self) -> list[Path]:
         """A step has ended.

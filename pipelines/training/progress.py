@@ -89,7 +89,10 @@ class Progress:
         trainer.wait_s = 0.0
         split = trainer.clock.take()
         images_per_s = steps * self._config.batch.global_size / elapsed
-        mfu = images_per_s * self._flops / self._full_rate
+        flops_per_s = images_per_s * self._flops
+        mfu = flops_per_s / self._full_rate
+        peak_mib = peak_memory_mib(self._device)
+        other = max(0.0, elapsed / steps - sum(split.values()))
         if self._spool:
             samples_seen = done * self._config.batch.global_size
             values = {
@@ -98,10 +101,11 @@ class Progress:
                 "train/grad_norm": grad_norm,
                 "train/nonfinite_steps": float(bad),
                 "perf/images_per_s": images_per_s,
+                "perf/flops_per_s": flops_per_s,
                 "perf/mfu": mfu,
-                "perf/peak_memory_mib": peak_memory_mib(self._device),
+                "perf/peak_memory_mib": peak_mib,
                 **{f"perf/{part}_s": seconds for part, seconds in split.items()},
-                "perf/other_s": max(0.0, elapsed / steps - sum(split.values())),
+                "perf/other_s": other,
                 "perf/guard_s": guard_s / steps,
                 "data/wait_s": wait / steps,
                 "data/skipped": float(unreadable.total()),
@@ -113,9 +117,15 @@ class Progress:
             self._held.append((done, values))
             left = (self._steps - done) * elapsed / steps
             notes = (f"  not finite {bad}" if bad else "") + (f"  unreadable: {told(unreadable)}" if unreadable else "")
+            shares = ", ".join(
+                f"{part} {100 * seconds * steps / elapsed:.0f}"
+                for part, seconds in {**split, "other": other}.items()
+                if seconds
+            )
             line = (
                 f"step {done:>{len(str(self._steps))}} of {self._steps}  loss {loss:.4f}  lr {lr:.2e}  "
-                f"{images_per_s:,.0f} images/s  MFU {100 * mfu:.0f} %  waiting {100 * wait / elapsed:.0f} %  "
+                f"{images_per_s:,.0f} images/s  {flops_per_s / 1e12:,.3g} TFLOP/s  MFU {100 * mfu:.0f} %  "
+                f"({shares} %)  waiting {100 * wait / elapsed:.0f} %  {peak_mib / 1024:.1f} GiB  "
                 f"left {clock(left)}{notes}"
             )
             began = time.perf_counter()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import step_arms
-from benchmarks.step import Step, _arm, _ask, main
+from benchmarks.step import EQUAL, TRACKS, Step, _arm, _ask, _check, main
 from pipelines.errors import UserError
 
 ARMS = ["float32", "transformers_float32", "official_style_float32"]
@@ -58,7 +58,28 @@ def test_all_arms_have_done_the_same_steps(name, monkeypatch):
     assert len(done) == 5
 
 
+def test_other_losses_end_it():
+    _check({"float32": 1.0, "transformers_float32": 1.000_009, "bfloat16": 1.0019}, EQUAL, "")
+    _check({"bfloat16": 1.0, "transformers_bfloat16": 1.0019}, EQUAL, "")
+    _check({"float32": 1.0, "float32_compiled": 1.0009, "bfloat16": 1.009}, TRACKS, "")
+    for arm, loss, limits in (("transformers_float32", 1.000_02, EQUAL), ("bfloat16", 1.003, EQUAL),
+                              ("transformers_float32", 1.002, TRACKS), ("bfloat16", float("nan"), TRACKS)):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"the arms differ.*{arm}"):
+            _check({"float32": 1.0, arm: loss}, limits, "differ")
+
+
+def test_an_arm_that_has_ended_is_told():
+    ends: Any = multiprocessing.Pipe()
+    ends[1].close()
+    with pytest.raises(UserError, match="memory ran out"):
+        _ask(ends[0], "turn")
+
+
 def test_wrong_flags_are_one_line():
+    with pytest.raises(UserError, match="threads"):
+        main(["--threads", "0"])
+    with pytest.raises(UserError, match="no folder"):
+        main(["--json", "/nowhere/at/all.json"])
     with pytest.raises(UserError, match="rounds"):
         main(["--rounds", "0"])
     with pytest.raises(UserError, match="only"):

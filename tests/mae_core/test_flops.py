@@ -33,7 +33,7 @@ def counted(model: MaskedAutoencoder, num_images: int = 2) -> tuple[int, int]:
     block: Any
     for block in (*model.encoder.blocks, *model.decoder_blocks):
         if hasattr(block, "attn"):
-            block.attn.fused_attn = False  # the counter does not know the CPU's fused kernel
+            block.attn.fused_attn = False  # older counters do not know the CPU's fused kernel
     images_BCHW = torch.zeros(num_images, model.channels, *model.image_size)
     with FlopCounterMode(display=False) as counter:
         loss = model(images_BCHW)["loss"]

@@ -1,6 +1,7 @@
 """Layers that are fast on this processor give what PyTorch's and timm's give."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,46 @@ def test_an_mlp_with_options_stays_timms(options):
     mlp = Mlp(24, 96, **options)
     use_fast_layers(mlp)
     assert type(mlp) is Mlp
+
+
+def test_what_is_put_into_an_mlp_is_used():
+    """By those who fit adapters to a model, or look at what happens inside."""
+
+    class Doubled(nn.Module):
+        weight = property(lambda self: self.inner.weight)
+        bias = property(lambda self: self.inner.bias)
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, values):
+            return 2 * self.inner(values)
+
+    tokens = random(2, 5, 24)
+    mlp: Any = Mlp(24, 96)
+    use_fast_layers(mlp)
+    expected = mlp(tokens)
+    seen = []
+    handles = [part.register_forward_hook(lambda *_: seen.append(1)) for part in (mlp.act, mlp.fc2)]
+    mlp(tokens)
+    assert len(seen) == 2
+    for handle in handles:
+        handle.remove()
+    mlp.fc2 = Doubled(mlp.fc2)
+    torch.testing.assert_close(mlp(tokens), 2 * expected)
+    mlp.fc2, mlp.act = mlp.fc2.inner, nn.ReLU()
+    torch.testing.assert_close(mlp(tokens), mlp.fc2(mlp.fc1(tokens).relu()))
+
+
+@pytest.mark.parametrize("options", [
+    {"qk_norm": True}, {"scale_norm": True}, {"gated": True}, {"attn_drop": 0.1}, {"proj_drop": 0.1},
+    {"attn_head_dim": 4}, {"dim_out": 12},
+], ids=str)  # fmt: skip
+def test_attention_with_options_stays_timms(options):
+    attention = Attention(24, num_heads=3, norm_layer=nn.LayerNorm, **options)
+    use_fast_layers(attention)
+    assert type(attention) is Attention
 
 
 def test_a_model_has_them_in_encoder_and_decoder():

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch._functorch.config as functorch
 
-from pipelines.training.build import build_model, maybe_compiled
+from pipelines.errors import UserError
+from pipelines.training.build import build_model, compiler_told, maybe_compiled
 from tests.pipelines.test_estimate import changed
 
 CPU = torch.device("cpu")
@@ -34,6 +35,21 @@ def kept_sizes(module, model):
         loss = module(images_BCHW, noise_BN)["loss"]
     loss.backward()
     return sorted(kept.values()), loss.item()
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch):
+    def without_gcc(*_):
+        raise RuntimeError("no g++ was found")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=without_gcc))
+    config = changed("train", compile=True)
+    model = build_model(config)
+    with functorch.patch(DEFAULTS), pytest.raises(UserError) as told, compiler_told(config):
+        kept_sizes(maybe_compiled(config, model, CPU), model)
+    torch.compiler.reset()
+    assert "without_gcc" in str(told.value)
+    assert "needs a C++ compiler" in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 def test_values_that_need_no_matrix_product_are_not_kept(monkeypatch):

@@ -127,6 +127,7 @@ def check_rest(folder, whole, steps, rel):
     check_numbers(folder, whole, rel)
 
 
+@pytest.mark.chaos
 def test_one_worker_continues_bit_equal_and_two_go_on_from_there(shards, tmp_path):
     saving = ["--checkpoint.every-steps", "4", "--checkpoint.keep", "99"]
     whole = tmp_path / "whole"

@@ -167,7 +167,7 @@ def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
     )
     vit.load_state_dict(encoder_state(model), strict=True)
 
-    check_speed(points(folder))
+    check_speed(points(folder), out)
     check_record(folder)
     assert main(command) == 0
     assert "has finished already" in capfd.readouterr().out
@@ -178,12 +178,19 @@ def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
         main([*command, "--model.mask-ratio", "0.5"])
 
 
-def check_speed(told):
+def check_speed(told, shown):
+    shares = ", ".join(
+        rf"{part} \d+" for part in ("data", "forward", "backward", "communication", "optimizer", "other")
+    )
+    line = rf"images/s  [\d.e-]+ TFLOP/s  MFU \d+ %  \({shares} %\)  waiting \d+ %  \d+\.\d GiB  left 0:00"
+    assert re.search(line, shown)
     for values in (values for values in told.values() if "train/loss" in values):
         parts = {name: values[f"perf/{name}_s"] for name in (*PARTS, "other")}
         assert min(parts[name] for name in PARTS) > 0
         assert sum(parts.values()) == pytest.approx(40 / values["perf/images_per_s"])
         assert 0 < values["perf/mfu"] < 1
+        assert values["perf/flops_per_s"] > 0
+        assert 100 < values["perf/peak_memory_mib"] < 20_000
 
 
 def check_profile(folder):

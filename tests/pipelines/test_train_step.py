@@ -98,6 +98,29 @@ def test_a_step_on_a_gpu_never_waits_for_it():
     assert torch.stack(results).isfinite().all()
 
 
+def test_gradients_travel_once_a_step(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        trainer, batches = trainer_of(torch.device("cpu"), target="normalized")
+        trainer.cut = Cut(16, 4, 1)  # four micro-batches
+        wrapped = DistributedDataParallel(trainer.model)
+        sent = []
+
+        def note(_, bucket):
+            sent.append(bucket.index())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        wrapped.register_comm_hook(None, note)  # type: ignore[arg-type]
+        trainer.model = wrapped
+        train_step(trainer, batches, 1e-2)
+        assert sent
+        assert len(sent) == len(set(sent)), "a bucket of gradients was sent with several micro-batches"
+    finally:
+        dist.destroy_process_group()
+
+
 def _two_compiled_workers(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

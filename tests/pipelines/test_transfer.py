@@ -164,6 +164,7 @@ def test_nearest_neighbours_are_those_of_the_features(pretrained, shards, ray_lo
     assert np.array(result["confusion"]).sum() == load_manifest(shards["test"]).num_samples
 
 
+@pytest.mark.chaos
 def test_fine_tuning_on_two_workers_at_another_resolution(pretrained, shards, ray_local):
     more = ["--scale.workers", "2", "--data.image-size", "24", "24", "--blocks", "1", "--data.label-fraction", "0.5"]
     assert main(arguments(pretrained, shards, "partial", *TRAINED, *TRIED, *more)) == 0
