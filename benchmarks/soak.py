@@ -261,10 +261,16 @@ class Weather:
             self._dice.choice(sorted(members.training(self._state), key=lambda process: process.pid)).kill()
         else:
             wait_until(lambda: bool(self._alive()), PATIENCE_S, self._run.told)
-            struck = time.time()
+            struck, trained = time.time(), self._training()
             operations.kill(read(self._state.folder), self._dice.choice(self._alive()))
             self._joining.append(self._pool.submit(self._add))
+            if trained <= self._training():
+                print(f"  node   killed at step {before:5}: none of the run's workers was on it", flush=True)
+                return
         self._waiting.append((kind, struck, before))
+
+    def _training(self) -> set[int]:
+        return {process.pid for process in members.training(self._state)}
 
     def _alive(self) -> list[str]:
         """The nodes beside the head."""
