@@ -126,6 +126,7 @@ class PlainMlp(Mlp):
         before = self.fc1(x)
         if (
             type(self.act) is nn.GELU
+            and self.act.approximate == "none"
             and type(self.fc2) is Linear
             and not _has_hooks(self.act)
             and not _has_hooks(self.fc2)

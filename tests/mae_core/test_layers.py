@@ -145,8 +145,10 @@ def test_what_is_put_into_an_mlp_is_used():
         handle.remove()
     mlp.fc2 = Doubled(mlp.fc2)
     torch.testing.assert_close(mlp(tokens), 2 * expected)
-    mlp.fc2, mlp.act = mlp.fc2.inner, nn.ReLU()
-    torch.testing.assert_close(mlp(tokens), mlp.fc2(mlp.fc1(tokens).relu()))
+    mlp.fc2 = mlp.fc2.inner
+    for act in (nn.ReLU(), nn.GELU(approximate="tanh")):
+        mlp.act = act
+        torch.testing.assert_close(mlp(tokens), mlp.fc2(act(mlp.fc1(tokens))), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [
