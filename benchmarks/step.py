@@ -76,7 +76,7 @@ class Step(BaseModel):
     """CPU threads."""
     only: tuple[Arm, ...] = tuple(arm for arm in _ALL if arm != "float32_checkpointed")
     """Arms to measure; by default all but float32_checkpointed. They are all in memory at once: of ViT-B on a CPU each
-    takes 2.5 to 3.6 GB."""
+    takes 2.4 to 3.5 GiB."""
     rounds: int = Field(default=5, ge=1)
     """How often each arm has its turn."""
     steps: int = Field(default=1, ge=1)
