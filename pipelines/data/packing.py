@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.data.sources import Listing, Masks, Source, valid_text
+from pipelines.data.sources import Listing, Masks, Source, split_of, valid_text
 from pipelines.errors import UserError
 
 _FORMAT = 1  # counts up when the same input begins to give other bytes
@@ -24,16 +24,6 @@ HEADER_BYTES = 512
 _LONGEST_KEY = 80  # of the 100 bytes that a plain tar header has for a name
 _MIN_SHARDS = 8
 _MIN_SHARD_BYTES = 1 << 20
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
 # How many images of a streamed archive one task holds in memory until it can write them in order.
 STREAM_BUDGET_BYTES = 1 << 30
 
@@ -232,11 +222,6 @@ def _label(names: list[str], known: tuple[str, ...], source: str) -> tuple[tuple
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UserError(f"the folder '{unknown[0]}'{more} in '{source}' is none of the {len(classes)} of --classes")
     return classes, np.array([label[valid_text(folder)] for folder in folders], np.int64)
-
-
-def split_of(name: str) -> str:
-    """The split that a name says by itself, ``val`` for ``Validation``; empty where it says none."""
-    return _SPLITS.get(name.lower(), "")
 
 
 def make_keys(names: Sequence[str]) -> list[str]:

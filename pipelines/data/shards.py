@@ -22,6 +22,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from pipelines.data.index import WRITE_HINT, ShardIndex, index_name, index_tar, read_index
+from pipelines.data.sources import named_split
 from pipelines.errors import UserError
 from pipelines.objects import split_query
 from pipelines.reading import DEFAULT_POLICY, ReadPolicy
@@ -32,6 +33,11 @@ __all__ = ["Manifest", "ShardIndex", "index_tar", "load_index", "load_manifest"]
 INFO = "_info.json"
 # What make_shards leaves first of all, and check_shards and loading look for.
 STATE = "packing.json"
+# What is said of masks that no training can learn from: whatever is predicted, all of it is right.
+ONE_CLASS = (
+    "have one class: 0, and perhaps 255, which is a pixel that does not count; segmentation needs two: write 1 where "
+    "255 means the object (make_shards --masks DIR --mask-255 1 does)"
+)
 _CACHED_INDEXES = 256
 # A web server lists nothing: so many shards are asked for their size, so many at once.
 _ASKED_ON_WEB, _AT_ONCE = 64, 16
@@ -138,6 +144,12 @@ def load_manifest(location: str) -> Manifest:
         raise UserError(f"no shards at '{location}': there is no directory {place}")
     info = read_info(store, sizes)
     manifest = _choose(store, info, pattern, location) if pattern else parse_manifest(store, info)
+    told = sorted({split for name in manifest.shard_names if (split := named_split(name))})
+    if len(told) > 1:
+        raise UserError(
+            f"'{location}' would mix the splits {' and '.join(told)}, as its shards are named: run "
+            f"python -m pipelines.check_shards {store.shown()} --write --split {told[0]}, and so on"
+        )
     if manifest.index_location:
         shards = Store(manifest.location)
         sizes = None if shards.is_web else file_sizes(shards)

@@ -65,6 +65,17 @@ _BEGINNINGS = (
     (rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n", "jp2"),
 )
 _BEGINNING_BYTES = 64
+# What folders and shards of a split are called.
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,16 @@ def is_hidden(path: str) -> bool:
 def valid_text(name: str) -> str:
     """A file's name as text that can be written anywhere: bytes that are no UTF-8 are written as in a bytes literal."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def split_of(word: str) -> str:
+    """The split that a word means, ``val`` for ``Validation``; empty where it means none."""
+    return _SPLITS.get(word.lower(), "")
+
+
+def named_split(shard_name: str) -> str:
+    """The split that a shard's name tells, ``val`` for ``imagenet-val-0000.tar``; empty where it tells none."""
+    return next((split for word in re.split(r"[^A-Za-z]+", shard_name) if (split := split_of(word))), "")
 
 
 def find_source(text: str) -> Source:
