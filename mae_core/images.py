@@ -7,13 +7,14 @@ whole block at once: for tiny images the Python around the decoder costs as much
 import io
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from mae_core.randomness import Integers, Purpose, uniform
 
@@ -26,9 +27,19 @@ MAX_PIXELS = 89_000_000
 _COLOURS = {1: "GRAY", 3: "RGB"}
 _MODES = {1: "L", 3: "RGB"}
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # What is read at all. Pillow knows more, among it formats that start other programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 _ORIENTATION_TAG = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _EXIF_MAGIC = b"Exif\0\0"
 # APP1 comes first or right after JFIF in practice, and no segment is longer than this.
 _EXIF_WITHIN = 1 << 16
@@ -68,17 +79,31 @@ def decode(data: bytes | memoryview, channels: int = 3, *, max_pixels: int = MAX
 def decode_by_pillow(data: bytes | memoryview, mode: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """What ``decode`` does for all but plain JPEGs, to one of Pillow's modes: ``P`` keeps the indices of a palette."""
     try:
+        return _decode_once(data, mode, max_pixels)
+    except ImageError as error:
+        bare = _without_metadata(data) if error.reason != "too_large" else None
+        if bare is None:
+            raise
+        try:
+            return _decode_once(bare, mode, max_pixels)
+        except ImageError:
+            raise error from None
+
+
+def _decode_once(data: bytes | memoryview, mode: str, max_pixels: int) -> np.ndarray:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow: oddities of files that it reads all the same
             with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
                 _check_pixels(*file.size, max_pixels)
                 file.load()
-                image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):
-                image = _upper_byte(image)
-            elif image.mode == "F":
-                raise ImageError("unsupported", "pixels are floating-point numbers")
-            pixels = np.array(image.convert(mode))
+                turn = _TURNS.get(_orientation(file))
+                image = file.transpose(turn) if turn is not None else file
+                if image.mode.startswith("I"):
+                    image = _upper_byte(image)
+                elif image.mode == "F":
+                    raise ImageError("unsupported", "pixels are floating-point numbers")
+                pixels = np.array(image.convert(mode))
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -88,6 +113,77 @@ def decode_by_pillow(data: bytes | memoryview, mode: str, max_pixels: int = MAX_
     except Exception as error:  # a hostile file can make a decoder raise anything
         raise ImageError(_reason(error), f"{type(error).__name__}: {error}") from None
     return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _orientation(file: Image.Image) -> int:
+    """The orientation (1 to 8) that an image's EXIF or XMP gives; 1 where there is none or it cannot be read."""
+    exif = file.info.get("exif", b"")
+    found = _tiff_orientation(exif, len(_EXIF_MAGIC) if exif.startswith(_EXIF_MAGIC) else 0)
+    if found is not None:
+        return found
+    try:
+        return file.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # metadata that is damaged says nothing, and takes no pixel with it
+        return 1
+
+
+def _without_metadata(data: bytes | memoryview) -> bytes | None:
+    """The same pixels and orientation without what else a PNG, WebP or JPEG says of itself; None for other bytes.
+
+    Pillow refuses whole files for damaged or large texts, colour profiles and the like.
+    """
+    data = bytes(data)
+    parts = []
+    if data.startswith(_PNG_MAGIC):
+        for kind, body, whole in _png_chunks(data):
+            if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
+                parts.append(whole)
+            elif kind == b"eXIf" or (kind == b"iTXt" and body.startswith(b"XML:com.adobe.xmp\0\0")):
+                parts += [whole[:8], body, struct.pack(">I", zlib.crc32(kind + body))]
+        return _PNG_MAGIC + b"".join(parts)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return _bare_webp(data)
+    if data.startswith(_JPEG_MAGIC):
+        at = 2
+        while at + 4 <= len(data):
+            start, marker, length = struct.unpack_from(">BBH", data, at)
+            if start != 0xFF or marker == 0xFF or length < 2:
+                return None
+            if marker == _START_OF_SCAN:
+                return data[:2] + b"".join(parts) + data[at:]
+            whole = data[at : at + 2 + length]
+            # EXIF and XMP have the orientation, Adobe's segment the colour space.
+            if not 0xE0 <= marker <= 0xFE or marker == 0xE1 or (marker == 0xEE and length >= 14):
+                parts.append(whole)
+            at += 2 + length
+    return None
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Kind, body, and all bytes of each chunk."""
+    at = len(_PNG_MAGIC)
+    while at + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        yield kind, data[at + 8 : at + 8 + length], data[at : at + 12 + length]
+        at += 12 + length
+
+
+def _bare_webp(data: bytes) -> bytes | None:
+    """A WebP of one picture with its EXIF and XMP, or None where it has none or is an animation."""
+    chunks, at = {}, 12
+    while at + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sI", data, at)
+        chunks[kind] = data[at : at + 8 + length + (length & 1)]
+        at += 8 + length + (length & 1)
+    picture = chunks.get(b"VP8 ") or chunks.get(b"VP8L")
+    if picture is None or len(picture) < 8 + struct.unpack_from("<I", picture, 4)[0]:
+        return None
+    exif, xmp = chunks.get(b"EXIF", b""), chunks.get(b"XMP ", b"")
+    if b"VP8X" in chunks and exif + xmp:
+        header = chunks[b"VP8X"]
+        flags = (8 if exif else 0) | (4 if xmp else 0)  # no profile, no alpha, no animation
+        picture = header[:8] + bytes([flags]) + header[9:] + picture + exif + xmp
+    return b"RIFF" + struct.pack("<I", 4 + len(picture)) + b"WEBP" + picture
 
 
 def random_resized_crops(
@@ -265,6 +361,11 @@ def _jpeg_orientation(data: bytes | memoryview) -> int:
     tiff = _find_exif(data) + len(_EXIF_MAGIC)
     if tiff < len(_EXIF_MAGIC):
         return 1
+    return _tiff_orientation(data, tiff) or 1
+
+
+def _tiff_orientation(data: bytes | memoryview, tiff: int) -> int | None:
+    """The orientation in an EXIF whose TIFF header is at ``tiff``; None where there is none."""
     order = "<" if data[tiff : tiff + 2] == b"II" else ">"
     try:
         (ifd,) = struct.unpack_from(order + "I", data, tiff + 4)
@@ -275,7 +376,7 @@ def _jpeg_orientation(data: bytes | memoryview) -> int:
                 return value
     except struct.error:
         pass
-    return 1
+    return None
 
 
 def _find_exif(data: bytes | memoryview) -> int:

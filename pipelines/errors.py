@@ -1,5 +1,6 @@
 """Errors that a user can mend, and the edge of every command that shows them as one line."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -12,22 +13,31 @@ class UserError(ValueError):
     """Wrong input, said in one line that names the thing, what was found and what to do."""
 
 
+def printable(text: str) -> str:
+    """A name on one line: what cannot be printed, line breaks among it, is escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's ``main`` and exits: 2 with one line on stderr for what the user can mend.
 
     Args:
         main: The command; what it returns is the exit code (None means 0).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the terminal's encoding lacks is shown escaped, and ends no command.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = USAGE_ERROR
     except OSError as error:
         # A full disk, a folder without permission: the system's words and the path say it all.
         if error.errno is None:
             raise
-        where = f": {error.filename}" if error.filename else ""
+        where = f": {printable(str(error.filename))}" if error.filename else ""
         print(f"error: {os.strerror(error.errno)}{where}", file=sys.stderr)
         code = USAGE_ERROR
     except KeyboardInterrupt:

@@ -1,22 +1,35 @@
 """Packs images into shards: ``python -m pipelines.make_shards --source photos/ --out shards/``."""
 
+import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.fs as pafs
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.cli import parse
 from pipelines.data.index import index_name, read_index
-from pipelines.data.packing import Packing, PackingOptions, ShardPlan, group_shards, plan_packing
-from pipelines.data.shards import INFO, STATE, Manifest, encode_info, file_sizes
-from pipelines.data.sources import Source, find_source, list_images, list_masks
+from pipelines.data.packing import Packing, PackingOptions, ShardPlan, group_shards, plan_packing, plan_splits
+from pipelines.data.shards import INFO, ONE_CLASS, STATE, Manifest, encode_info, file_sizes, read_classes
+from pipelines.data.sources import (
+    Listing,
+    Masks,
+    Source,
+    counted,
+    extension_of,
+    find_source,
+    list_images,
+    list_masks,
+    read_images,
+)
 from pipelines.data.writing import write_shards
-from pipelines.errors import UserError, run_command
+from pipelines.errors import UserError, printable, run_command
 from pipelines.storage import Store, absolute
 
 PROG = "python -m pipelines.make_shards"
@@ -24,6 +37,9 @@ _SKIPPED = "skipped.jsonl"
 _REPORT_EVERY_S = 3.0
 _STOP_WITHIN_S = 10.0
 _READ_AHEAD = 16
+_TRIED = 16  # images of each kind that are decoded before packing
+# What one process has packed before Ray has started.
+_FEW_IMAGES, _FEW_BYTES, _FEW_BYTES_DECODED = 20_000, 1 << 30, 64 << 20
 
 
 class MakeShards(BaseModel):
@@ -35,8 +51,9 @@ class MakeShards(BaseModel):
     """A folder of class folders or of images, an archive of either, or 'digits'."""
     out: str
     """Folder or s3:// address of the shards; one folder holds one split."""
-    split: str = Field("train", pattern=r"^[A-Za-z0-9_-]+$")
-    """Name of the split, and the beginning of each shard's name."""
+    split: str = Field("train", pattern=r"^([A-Za-z0-9_-]+|0?\.\d+(,0?\.\d+){1,2})$")
+    """Name of the split, and the beginning of each shard's name. Two shares, 0.9,0.1, divide the source into OUT/train
+    and OUT/test, three into OUT/train, OUT/val and OUT/test, by a hash of each image's key."""
     shard_mib: int = Field(256, ge=1)
     """About how large a shard may grow; a small data set is cut into 8 shards or so all the same."""
     seed: int = Field(0, ge=0, lt=1 << 63)
@@ -47,11 +64,15 @@ class MakeShards(BaseModel):
     """JPEG quality of images that --resize makes smaller."""
     labels: Literal["auto", "none"] = "auto"
     """Whether class folders become labels."""
+    classes: str = ""
+    """Number the class folders as these do: shards, or a text file with a class name a line, the first is label 0."""
     masks: str = ""
     """Folder of segmentation masks, a .png of the same relative path for each image: 8-bit grey or a palette, whose
     indices are the classes, 255 where a pixel does not count. Images that cannot be decoded are left out then."""
+    mask_255: int = Field(255, ge=0, le=255)
+    """What a mask's value 255 becomes; 255 is a pixel that does not count. 1 for masks of 0 and 255."""
     workers: int = Field(0, ge=0)
-    """Tasks at once; 0: as many as there are CPUs."""
+    """Tasks at once; 0: as many as there are CPUs, or none beside this process where that is faster."""
     overwrite: bool = False
     """Replace the shards that another packing left in the folder."""
 
@@ -95,30 +116,106 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse(MakeShards, prog=PROG, argv=argv)
     start = time.monotonic()
-    store = Store(absolute(args.out))
+    shares, splits = _shares(args)
     options = PackingOptions(
-        split=args.split,
+        split=args.split if not shares else "",
         shard_bytes=args.shard_mib << 20,
         seed=args.seed,
         resize=args.resize,
         quality=args.quality,
         labels=args.labels == "auto",
+        classes=read_classes(args.classes) if args.classes else (),
+        mask_255=args.mask_255,
+        shares=shares,
     )
     listing = list_images(find_source(args.source), args.split, _say_listed())
-    packing = plan_packing(listing, options, list_masks(listing, args.masks) if args.masks else None)
-    waiting = _prepare(store, packing, overwrite=args.overwrite)
-    if waiting is None:
-        print(f"{store.location} already holds these {len(listing.paths):,} images: nothing to do")
+    masks = list_masks(listing, args.masks) if args.masks else None
+    packings = plan_splits(listing, options, splits, masks) if shares else [plan_packing(listing, options, masks)]
+    out = Store(absolute(args.out))
+    stores = [out.child(split) for split in splits] if shares else [out]
+    jobs = []
+    for packing, store in zip(packings, stores, strict=True):
+        waiting = _prepare(store, packing, overwrite=args.overwrite)
+        if waiting is None:
+            num = sum(len(shard.keys) for shard in packing.shards)
+            print(f"{store.location} already holds these {num:,} images: nothing to do")
+        else:
+            jobs.append(_Job(packing, waiting, store))
+    if not jobs:
         return 0
 
-    kept = len(packing.shards) - len(waiting)
-    print(f"packing {len(listing.paths):,} images into {len(packing.shards)} shards in {store.location}", flush=True)
-    if kept:
-        print(f"{kept} of them are whole from an earlier run and kept", flush=True)
-    _pack(packing, waiting, store, args.workers)
-    manifest, num_skipped = _finish(packing, store)
-    _summarise(manifest, num_skipped, listing.left_out, time.monotonic() - start)
+    if listing.left_out:
+        print(f"left out of {printable(args.source)}: {printable(counted(listing.left_out))}", flush=True)
+    for line in _try(listing, masks, args.mask_255):
+        print(line, flush=True)
+    for job in jobs:
+        num = sum(len(shard.keys) for shard in job.packing.shards)
+        print(f"packing {num:,} images into {len(job.packing.shards)} shards in {job.store.location}", flush=True)
+        if kept := len(job.packing.shards) - len(job.waiting):
+            print(f"{kept} of them are whole from an earlier run and kept", flush=True)
+    _pack(jobs, args.workers)
+    for job in jobs:
+        manifest, num_skipped = _finish(job.packing, job.store)
+        _summarise(manifest, num_skipped, time.monotonic() - start)
+    print(_next_step([store.location for store in stores]))
     return 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The shards of a packing that are still to be written, and where."""
+
+    packing: Packing
+    waiting: list[ShardPlan]
+    store: Store
+
+
+def _shares(args: MakeShards) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """The shares of ``--split``, and the splits' names; empty where it is one split's name."""
+    if "," not in args.split:
+        return (), ()
+    shares = tuple(map(float, args.split.split(",")))
+    if abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0:
+        raise UserError(f"--split {args.split}: the shares must be above 0 and add up to 1, as in 0.9,0.1")
+    if args.source == "digits":
+        raise UserError("--split: digits are divided already, into --split train and --split test")
+    return shares, ("train", "test") if len(shares) == 2 else ("train", "val", "test")
+
+
+def _try(listing: Listing, masks: Masks | None, mask_255: int) -> Iterator[str]:
+    """Decodes some images of each kind, and some masks; yields what will not decode, a line each kind."""
+    from mae_core.images import ImageError, decode
+    from mae_core.mask_images import IGNORE, decode_mask
+
+    kinds: dict[str, list[int]] = {}
+    # As they come in the archive: of one that is streamed nothing is read beyond them.
+    order = np.argsort(listing.wheres_S, kind="stable") if listing.source.streamed else range(len(listing.paths))
+    for n in order:
+        kinds.setdefault(extension_of(listing.paths[n]), []).append(int(n))
+    chosen = {}
+    for kind, numbers in kinds.items():
+        spread = (
+            range(_TRIED) if listing.source.streamed else np.linspace(0, len(numbers) - 1, _TRIED).round().astype(int)
+        )
+        chosen |= {numbers[place]: kind for place in spread if place < len(numbers)}
+    tried = Counter(chosen.values())
+    failed: dict[str, list[str]] = {}
+    where = sorted(chosen)
+    paths = [listing.paths[n] for n in where]
+    for position, data in read_images(listing.source, paths, listing.sizes_S[where], listing.wheres_S[where]):
+        try:
+            decode(data)
+        except ImageError as error:
+            failed.setdefault(chosen[where[position]], []).append(printable(f"{paths[position]}: {error}"))
+    for kind, reasons in failed.items():
+        yield f"{len(reasons)} of {tried[kind]} {kind} images that were tried cannot be decoded: {reasons[0]}"
+    if masks and mask_255 == IGNORE:
+        values: set[int] = set()
+        for path in masks.paths[:: -(-len(masks.paths) // _TRIED)]:
+            with contextlib.suppress(ValueError):  # said when it is packed, with its name
+                values |= set(np.unique(decode_mask(Path(path).read_bytes())).tolist())
+        if values and values <= {0, IGNORE}:
+            yield f"the masks that were tried {ONE_CLASS}"
 
 
 def _say_listed():
@@ -175,11 +272,10 @@ def _clear(store: Store, packing: Packing, present: list[str], state: dict | Non
             f"{store.location} holds shards of another input or other options: "
             "name another --out, or replace them by --overwrite"
         )
-    filesystem, root = pafs.FileSystem.from_uri(store.location)
     # The manifest goes first: from here on nothing looks whole.
     # The state goes last: until then this is a packing that can be replaced.
     for name in sorted(ours, key=lambda name: (name != INFO, name == STATE)):
-        filesystem.delete_file(f"{root}/{name}")
+        store.remove(name)
 
 
 def _is_packed(name: str) -> bool:
@@ -204,22 +300,48 @@ def _is_whole(store: Store, shard: ShardPlan, sizes: dict[str, int]) -> bool:
     return facts.get("tar_bytes") == str(sizes[shard.name])
 
 
-def _pack(packing: Packing, waiting: list[ShardPlan], store: Store, workers: int) -> None:
+def _pack(jobs: list[_Job], workers: int) -> None:
+    """Writes the shards: in this process where there is little to do, since Ray takes seconds to start."""
+    waiting = [shard for job in jobs for shard in job.waiting]
+    progress = _Progress(sum(len(shard.keys) for shard in waiting))
+    size = sum(int(shard.sizes_S.sum()) for shard in waiting)
+    decoded = any(job.packing.options.resize or shard.masks for job in jobs for shard in job.waiting)
+    little = progress.images <= _FEW_IMAGES and size <= (_FEW_BYTES_DECODED if decoded else _FEW_BYTES)
+    try:
+        if workers == 1 or (little and not workers):
+            for job in jobs:
+                for group in group_shards(job.waiting, job.packing.source, 1):
+                    for images, size in write_shards(group, job.packing.source, job.packing.options, job.store):
+                        progress.add(images, size)
+        else:
+            _pack_with_ray(jobs, workers, progress)
+    except OSError as error:
+        if error.filename:
+            raise
+        # A full disk or an object store that says no: neither names the place.
+        places = " and ".join(job.store.shown() for job in jobs)
+        raise UserError(f"cannot write to {places}: {error.strerror or error}") from None
+
+
+def _pack_with_ray(jobs: list[_Job], workers: int, progress: _Progress) -> None:
     import ray  # seconds to import, and a wrong flag should not wait for it
     from ray.exceptions import RayError, RayTaskError
 
     from pipelines.ray_session import connect
 
     with connect(num_cpus=workers):
-        progress = _Progress(sum(len(shard.keys) for shard in waiting))
         at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        groups = group_shards(waiting, packing.source, at_once)[::-1]
+        groups = [
+            (group, job.packing.source, job.packing.options, job.store)
+            for job in jobs
+            for group in group_shards(job.waiting, job.packing.source, at_once)
+        ][::-1]
         task: Any = ray.remote(num_cpus=1, num_returns="streaming")(_write_task)
         running: list[Any] = []  # streams of a task's progress
         try:
             while groups or running:
                 while groups and len(running) < at_once:
-                    running.append(task.remote(groups.pop(), packing.source, packing.options, store))
+                    running.append(task.remote(*groups.pop()))
                 ready: list[Any] = ray.wait(running, num_returns=1, timeout=1.0)[0]
                 for stream in ready:
                     try:
@@ -227,10 +349,6 @@ def _pack(packing: Packing, waiting: list[ShardPlan], store: Store, workers: int
                     except StopIteration:
                         running.remove(stream)
         except RayTaskError as error:
-            if isinstance(error.cause, OSError) and not error.cause.filename:
-                # A full disk or an object store that says no: neither names the place.
-                reason = error.cause.strerror or str(error.cause)
-                raise UserError(f"cannot write to {store.location}: {reason}") from None
             if isinstance(error.cause, UserError | OSError):
                 raise error.cause from None
             raise
@@ -296,8 +414,8 @@ def _finish(packing: Packing, store: Store) -> tuple[Manifest, int]:
     return manifest, len(skipped)
 
 
-def _summarise(manifest: Manifest, num_skipped: int, left_out: dict[str, int], taken: float) -> None:
-    classes = ", ".join(manifest.classes[:3]) + (", ..." if len(manifest.classes) > 3 else "")
+def _summarise(manifest: Manifest, num_skipped: int, taken: float) -> None:
+    classes = ", ".join(map(printable, manifest.classes[:3])) + (", ..." if len(manifest.classes) > 3 else "")
     classes = f" in {len(manifest.classes)} classes ({classes})" if manifest.labelled else " without labels"
     if manifest.mask_classes:
         classes += f", masks of {manifest.mask_classes} classes"
@@ -306,10 +424,15 @@ def _summarise(manifest: Manifest, num_skipped: int, left_out: dict[str, int], t
     line += f", {size:,.1f} MB, in {taken:.1f} s"
     if num_skipped:
         line += f"; {num_skipped:,} cannot be decoded and are left out, listed in {_SKIPPED}"
-    if left_out:
-        line += "; other files left out: " + ", ".join(f"{count:,} {why}" for why, count in left_out.items())
     print(line)
-    print(f"next: python -m pipelines.pretrain --data.train {manifest.location}")
+    if manifest.mask_classes == 1:
+        print(f"the masks {ONE_CLASS}")
+
+
+def _next_step(locations: Sequence[str]) -> str:
+    """What to run next, where the source has become one split, or train and others."""
+    probe = f" --probe.train {locations[0]} --probe.test {locations[-1]}" if len(locations) > 1 else ""
+    return f"next: python -m pipelines.pretrain --data.train {locations[0]}{probe}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ same ``run.name`` again continues the run from its last checkpoint; a finished o
 """
 
 import contextlib
-import itertools
 import json
 import sys
 import time
@@ -24,7 +23,7 @@ from pipelines import provenance
 from pipelines.cli import parse_with_file, to_toml
 from pipelines.config import Config, flat, identity, identity_hash, total_steps, younger_defaults
 from pipelines.console import Printer, make_console
-from pipelines.data.shards import Manifest, load_manifest
+from pipelines.data.shards import Manifest, load_manifest, need_labels, need_same_classes
 from pipelines.errors import FAILED, USAGE_ERROR, UserError, run_command
 from pipelines.lease import Lease, check_of, hold
 from pipelines.ray_session import connect
@@ -89,16 +88,11 @@ def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
     total_steps(config, train.num_samples)
     probes = [load_manifest(where) if where else None for where in (config.probe.train, config.probe.test)]
     for name, manifest in zip(("probe.train", "probe.test"), probes, strict=True):
-        if manifest is not None and not manifest.classes:
-            raise UserError(f"{name}: the shards in {manifest.location} have no labels, and a probe needs them")
+        if manifest is not None:
+            need_labels(name, manifest, "a probe")
     labelled, test = probes
-    if labelled and test and labelled.classes[: len(test.classes)] != test.classes:
-        pairs = itertools.zip_longest(labelled.classes, test.classes)
-        label, (known, asked) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        raise UserError(
-            f"probe.train and probe.test do not number the same classes: label {label} is {known!r} in the one and "
-            f"{asked!r} in the other; pack both from the same class folders"
-        )
+    if labelled and test:
+        need_same_classes("probe.train", labelled, "probe.test", test)
     return train, labelled, test
 
 

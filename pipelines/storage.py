@@ -212,6 +212,13 @@ class Store:
         Raises:
             UserError: It is a file, or on a web server.
         """
+        if self.is_local and not self.local().is_file():
+            # Not through Arrow, for which a name must be UTF-8.
+            try:
+                with os.scandir(self.local()) as entries:
+                    return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            except FileNotFoundError:
+                return None
         try:
             infos = self._list(allow_not_found=False)
         except FileNotFoundError:
@@ -268,7 +275,7 @@ class Store:
         return retried(once, self.shown(name), policy or _SHORT)
 
     def _url(self, name: str) -> str:
-        return self.path(quote(name))
+        return self.path(quote(name, errors="surrogateescape"))
 
     def _filesystem(self) -> tuple[pafs.FileSystem, str]:
         """The file system, and this folder's path in it."""

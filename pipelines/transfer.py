@@ -28,7 +28,7 @@ from mae_core.classifier import Classifier, freeze
 from pipelines.cli import parse_with_file
 from pipelines.config import Config
 from pipelines.console import Printer, make_console
-from pipelines.data.shards import Manifest, load_index, load_manifest
+from pipelines.data.shards import Manifest, load_index, load_manifest, need_labels, need_same_classes
 from pipelines.errors import USAGE_ERROR, UserError, run_command
 from pipelines.lease import Lease, hold
 from pipelines.plots import Point, draw_scores
@@ -98,15 +98,9 @@ def check_labels(train: Manifest, test: Manifest) -> None:
         UserError: They are not, or there are no labels.
     """
     for name, manifest in (("data.train", train), ("data.test", test)):
-        if not manifest.classes:
-            raise UserError(f"{name}: the shards in {manifest.location} have no labels, and a transfer needs them")
+        need_labels(name, manifest, "a transfer")
     _check_split(train)
-    if train.classes[: len(test.classes)] != test.classes:
-        missing = sorted(set(test.classes) - set(train.classes))
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"data.test has the class {missing[0]!r}{more}, which data.train lacks")
-        raise UserError("data.train and data.test number the same classes differently: pack both from the same folders")
+    need_same_classes("data.train", train, "data.test", test)
 
 
 def check_masks(transfer: Transfer, train: Manifest, test: Manifest) -> int:

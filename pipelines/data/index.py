@@ -5,7 +5,7 @@ with a row for each sample in the tar's order:
 
 | column      | type   | what                                                                          |
 |-------------|--------|-------------------------------------------------------------------------------|
-| key         | string | the members' name up to the first dot of its last part                        |
+| key         | string | the members' name before its extension                                        |
 | extension   | string | the image member's, in lower case                                             |
 | offset      | int64  | where the image's bytes begin in the tar                                      |
 | size        | int64  | how many they are                                                             |
@@ -16,20 +16,32 @@ with a row for each sample in the tar's order:
 The last two are there only where a sample of the shard has a mask.
 
 Its schema metadata tells which tar it was made of: ``tar_bytes``, ``tar_sha256``; ``skipped``, a JSON list
-of the images that packing left out; and ``mask_classes``, where packing has read the masks: their highest class, and 1.
+of the images that packing left out; ``mask_classes``, where packing has read the masks: their highest class, and 1;
+and ``keys``, where it is not the longest known extension that ends a key.
 """
 
 import io
 import json
+import os
+import posixpath
 import tarfile
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.sources import image_extension, walk_tar
+from pipelines.data.sources import (
+    IMAGE_EXTENSIONS,
+    extension_of,
+    image_extension,
+    is_hidden,
+    not_a_file,
+    valid_text,
+    walk_tar,
+)
 from pipelines.errors import UserError
 from pipelines.reading import DEFAULT_POLICY, ReadPolicy, retried
 from pipelines.storage import Store
@@ -37,6 +49,12 @@ from pipelines.storage import Store
 NO_LABEL = -1
 NO_MASK: tuple[int, int] = (-1, 0)  # offset and size
 MASK_EXTENSION = "mask.png"
+# Where a member's key ends: before the longest extension that is known (``22.05.jpg``: key 22.05), or as webdataset has
+# it at the first dot of the name's last part (key 22, extension 05.jpg).
+KeyRule = Literal["longest", "first-dot"]
+# Why members are left out: how many, and the first names.
+LeftOut = dict[str, tuple[int, tuple[str, ...]]]
+_NAMES = 3
 WRITE_HINT = "run python -m pipelines.check_shards DIR --write to make it"
 
 
@@ -87,12 +105,20 @@ def index_name(shard_name: str) -> str:
 
 
 def encode_index(
-    index: ShardIndex, *, tar_bytes: int, tar_sha256: str, skipped: Sequence[dict] = (), mask_classes: int = 0
+    index: ShardIndex,
+    *,
+    tar_bytes: int,
+    tar_sha256: str,
+    skipped: Sequence[dict] = (),
+    mask_classes: int = 0,
+    keys: KeyRule = "longest",
 ) -> bytes:
     """The index file's content: the same bytes for the same index."""
     facts = {"tar_bytes": str(tar_bytes), "tar_sha256": tar_sha256, "skipped": json.dumps(list(skipped))}
     if mask_classes:
         facts["mask_classes"] = str(mask_classes)
+    if keys != "longest":
+        facts["keys"] = keys
     columns = {
         "key": pa.array(list(index.keys), pa.string()),
         "extension": pa.array(list(index.extensions), pa.string()),
@@ -121,7 +147,7 @@ def read_index(store: Store, shard_name: str, policy: ReadPolicy = DEFAULT_POLIC
     try:
         if store.is_local:
             path = str(store.local(name))
-            source = retried(lambda: pa.memory_map(path), path, policy)
+            source = retried(lambda: pa.memory_map(os.fsencode(path)), path, policy)
         else:
             source = pa.BufferReader(store.read(name, policy=policy))
         batch = pa.ipc.open_file(source).get_batch(0)
@@ -140,51 +166,245 @@ def read_index(store: Store, shard_name: str, policy: ReadPolicy = DEFAULT_POLIC
     return index, facts
 
 
-def index_tar(file: BinaryIO) -> ShardIndex:
-    """Makes the index of a tar by reading its headers, also of one that others made.
+@dataclass(frozen=True)
+class TarContents:
+    """What the members of a tar are: each is a sample, a sample's label or mask, or left out.
 
-    A key is a member's name up to the first dot of its last part; members of one key that follow one another
-    are a sample, as webdataset has it. Its image is the first member whose whole extension is an image's;
-    samples without one do not count. Its mask is the member whose extension is ``mask.png``.
+    Attributes:
+        index: The samples.
+        left_out: What is not used, and what is odd, by reason.
+        problems: What could give an image another one's label or mask, a line each.
+        no_labels: Why the labels cannot be used; empty where they can.
+    """
+
+    index: ShardIndex
+    left_out: LeftOut
+    problems: tuple[str, ...]
+    no_labels: str
+
+
+def index_tar(file: BinaryIO, keys: KeyRule = "longest") -> ShardIndex:
+    """The index of a tar, as ``read_tar`` finds it.
+
+    Raises:
+        ValueError: It is no tar, it is damaged or cut (with the byte), it holds no image, or there is a problem.
+    """
+    contents = read_tar(file, keys)
+    if contents.problems:
+        raise ValueError(contents.problems[0])
+    if not len(contents.index):
+        raise ValueError(f"it holds no image ({', '.join(contents.left_out) or 'it is empty'})")
+    return contents.index
+
+
+def read_tar(file: BinaryIO, keys: KeyRule = "longest") -> TarContents:
+    """Finds the samples of a tar by reading its headers, also of one that others made.
+
+    A sample is an image with the label (``.cls``) and the mask (``.mask.png``) of the same key, wherever in the tar
+    they stand; where no image has their key, with those that webdataset would give it: ``a.input.jpg`` with ``a.cls``,
+    unless there are several. Beside an image ``a.jpg``, ``a.seg.png`` is no image of its own, and ``a.5.jpg`` is.
 
     Args:
         file: The tar, seekable, at its beginning.
+        keys: Where a member's key ends.
 
     Raises:
-        ValueError: It is no tar, it is damaged or cut (with the byte), or it holds no image.
+        ValueError: It is no tar, or it is damaged or cut (with the byte).
     """
-    rows: list[list[Any]] = []
-    image: list[Any] = []  # of the sample at hand: empty before its image has come
-    key, label, mask, dotted = None, NO_LABEL, NO_MASK, ""
+    found = _Members(keys)
     try:
         for _, member, archive in walk_tar(file):
-            if not member.isreg():
-                continue
-            folder, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            if (folder, stem) != key:
-                _add_sample(rows, image, label, mask)
-                key, label, mask, image = (folder, stem), NO_LABEL, NO_MASK, []
-            known = image_extension(f"x.{extension}") if "." not in extension else None
-            if extension == "cls":
-                content = archive.extractfile(member)
-                label = _parse_label(content.read() if content else b"", member.name)
-            elif extension.lower() == MASK_EXTENSION and member.size:
-                mask = member.offset_data, member.size
-            elif known and stem and not image:
-                name = f"{folder}/{stem}" if folder else stem
-                image = [name, extension.lower(), member.offset_data, member.size]
-            elif not known and image_extension(base):
-                dotted = member.name
+            if reason := not_a_file(member):
+                found.leave_out(reason, member.name)
+            elif is_hidden(posixpath.normpath(member.name)):
+                found.leave_out("hidden", member.name)
+            elif not member.isdir():
+                found.add(member, archive)
     except tarfile.ReadError as error:
         raise ValueError(f"it is no tar ({error})") from None
     except (EOFError, tarfile.TarError) as error:
         raise ValueError(f"it is truncated or damaged ({error})") from None
-    _add_sample(rows, image, label, mask)
-    if not rows:
-        hint = f"; '{dotted}' has dots before its extension: the key ends at the first" if dotted else ""
-        raise ValueError(f"it holds no image{hint}")
-    return index_of(rows)
+    return found.join()
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image of a tar: its member's name, what of it is the key, the extension, and where the bytes lie."""
+
+    name: str
+    key: str
+    extension: str
+    offset: int
+    size: int
+
+    @property
+    def stem(self) -> str:
+        """The key by webdataset's rule."""
+        folder, slash, base = self.name.rpartition("/")
+        return folder + slash + base.partition(".")[0]
+
+    @property
+    def numbered(self) -> bool:
+        """Whether what stands between the first dot and the extension is a number, as in ``22.05.jpg``."""
+        return self.name[len(self.stem) : -len(self.extension) - 1].replace(".", "").isdigit()
+
+
+class _Members:
+    """The members of a tar, and how they belong together."""
+
+    def __init__(self, keys: KeyRule):
+        self._rule: KeyRule = keys
+        self._images: list[_Image] = []
+        self._labels: dict[str, list[int]] = defaultdict(list)
+        self._masks: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._names: dict[str, list[str]] = defaultdict(list)
+        self._counts: Counter[str] = Counter()
+        self._problems: list[str] = []
+        self._no_labels = ""
+
+    def leave_out(self, reason: str, name: str) -> None:
+        self._counts[reason] += 1
+        if len(self._names[reason]) < _NAMES:
+            self._names[reason].append(valid_text(name))
+
+    def add(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> None:
+        """Notes a file as what its extension says."""
+        name = member.name
+        key, extension = _split(name, self._rule)
+        if extension == "cls":
+            content = archive.extractfile(member)
+            label = _parse_label(content.read(64) if content else b"")
+            if label == NO_LABEL and not self._no_labels:
+                content = archive.extractfile(member)
+                held = content.read(40) if content else b""
+                self._no_labels = f"'{valid_text(name)}' holds {held!r}, and a label is a whole number from 0 on"
+            self._labels[key].append(label)
+        elif extension == MASK_EXTENSION and member.size:
+            self._masks[key].append((member.offset_data, member.size))
+        elif image_extension(f"x.{extension}"):
+            self._images.append(_Image(name, key, extension, member.offset_data, member.size))
+        else:
+            self.leave_out(extension_of(name), name)
+
+    def join(self) -> TarContents:
+        """Brings the members together by their keys."""
+        images = self._without_companions()
+        by_key = _grouped((image.key, image) for image in images)
+        self._adopt("label", self._labels, by_key)
+        self._adopt("mask", self._masks, by_key)
+        for key, same in by_key.items():
+            self._check_repeated(key, same)
+        if self._rule == "longest":
+            alike = "kept as images of their own, alike up to the first dot"
+            for stem, same in _grouped((image.stem, image) for image in images if not image.numbered).items():
+                if len({image.key for image in same}) > 1 and stem not in by_key:
+                    for image in same:
+                        self.leave_out(alike, image.name)
+        rows = []
+        for image in images:
+            labels, masks = self._labels.get(image.key), self._masks.get(image.key)
+            if self._labels and not labels:
+                self.leave_out("images without a label", image.name)
+            # A shard's index names plain extensions.
+            rows.append(
+                (
+                    valid_text(image.key),
+                    image.extension.rpartition(".")[2],
+                    image.offset,
+                    image.size,
+                    labels[0] if labels else NO_LABEL,
+                    *(masks[0] if masks else NO_MASK),
+                )
+            )
+        left_out = {reason: (count, tuple(self._names[reason])) for reason, count in self._counts.items()}
+        return TarContents(index_of(rows), left_out, tuple(self._problems), self._no_labels)
+
+    def _without_companions(self) -> list[_Image]:
+        """The images that are samples: not what stands beside another image of its sample."""
+        plain = {image.key for image in self._images if image.stem == image.key and "." not in image.extension}
+        first: dict[str, str] = {}
+        images = []
+        for image in self._images:
+            rest = image.name[len(image.stem) + 1 :]
+            own = self._rule == "longest" and (image.numbered or image.key in self._labels)
+            dotted = "." in rest and image.stem in plain and not own
+            if dotted or ("." not in image.extension and first.get(image.key, image.extension) != image.extension):
+                self.leave_out(f"beside their image (.{valid_text(rest.lower())})", image.name)
+            else:
+                first.setdefault(image.key, image.extension)
+                images.append(image)
+        return images
+
+    def _adopt(self, what: str, theirs: dict[str, list[Any]], by_key: Mapping[str, list[_Image]]) -> None:
+        """Gives labels or masks whose key no image has to the image that webdataset's rule would give them."""
+        lonely = [key for key in theirs if key not in by_key]
+        if not lonely:
+            return
+        by_stem = _grouped((image.stem, image) for same in by_key.values() for image in same)
+        for key in lonely:
+            member = f"{key}.{'cls' if what == 'label' else MASK_EXTENSION}"
+            near = [image for image in by_stem.get(key, []) if image.key not in theirs]
+            if len(near) == 1:
+                theirs[near[0].key] = theirs.pop(key)
+            elif near:
+                names = " and ".join(f"'{valid_text(image.name)}'" for image in near[:2])
+                self._problems.append(
+                    f"the {what} '{valid_text(member)}' may be of {names}: give each image a {what} of its own key"
+                )
+            else:
+                self.leave_out(f"{what}s without an image", member)
+
+    def _check_repeated(self, key: str, same: list[_Image]) -> None:
+        """Names a key whose images, labels and masks do not say which belong together."""
+        labels, masks = self._labels.get(key, []), self._masks.get(key, [])
+        if len(same) == 1 and len(set(labels)) <= 1 and len(masks) <= 1:
+            return
+        shown = f"the key '{valid_text(key)}'"
+        if len({image.name for image in same}) > 1 and self._rule == "first-dot":
+            self._problems.append(
+                f"{shown} has {len(same)} images ('{valid_text(same[0].name)}', '{valid_text(same[1].name)}'): "
+                "--keys longest gives each a key of its own"
+            )
+        elif len(set(labels)) > 1 or masks:
+            comes = ", ".join(
+                f"{len(each)} {what}{'s' if len(each) > 1 else ''}"
+                for each, what in ((same, "image"), (labels, "label"), (masks, "mask"))
+                if each
+            )
+            named = f" ({', '.join(map(str, labels[:3]))})" if len(set(labels)) > 1 else ""
+            self._problems.append(f"{shown} has {comes}{named}: nobody can tell whose is whose; write it once")
+        else:
+            for image in same[1:]:
+                self.leave_out("kept, under a key that has come before", image.name)
+
+
+def _split(name: str, rule: KeyRule) -> tuple[str, str]:
+    """Key and extension of a member, the extension in lower case."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    if rule == "longest" and "." in extension:
+        if base.lower().endswith(f".{MASK_EXTENSION}"):
+            stem, extension = base[: -len(MASK_EXTENSION) - 1], MASK_EXTENSION
+        elif base.rpartition(".")[2].lower() in ("cls", *IMAGE_EXTENSIONS):
+            stem, _, extension = base.rpartition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _grouped(pairs: Iterable[tuple[str, _Image]]) -> dict[str, list[_Image]]:
+    groups: dict[str, list[_Image]] = defaultdict(list)
+    for key, image in pairs:
+        groups[key].append(image)
+    return groups
+
+
+def add_left_out(parts: Iterable[LeftOut]) -> LeftOut:
+    """What several tars leave out together."""
+    total: LeftOut = {}
+    for part in parts:
+        for reason, (count, names) in part.items():
+            before, first = total.get(reason, (0, ()))
+            total[reason] = before + count, (first + names)[:_NAMES]
+    return total
 
 
 def index_of(rows: Sequence[Sequence[Any]]) -> ShardIndex:
@@ -194,16 +414,9 @@ def index_of(rows: Sequence[Sequence[Any]]) -> ShardIndex:
     return ShardIndex(*numbers, keys=keys, extensions=extensions)
 
 
-def _add_sample(rows: list[list[Any]], image: list[Any], label: int, mask: tuple[int, int]) -> None:
-    if image:
-        rows.append([*image, label, *mask])
-
-
-def _parse_label(text: bytes, name: str) -> int:
+def _parse_label(text: bytes) -> int:
     try:
         label = int(text)
     except ValueError:
-        label = NO_LABEL
-    if not 0 <= label < 1 << 63:
-        raise ValueError(f"'{name}' holds {text[:40]!r}: a label is a whole number from 0 on")
-    return label
+        return NO_LABEL
+    return label if 0 <= label < 1 << 63 else NO_LABEL

@@ -9,6 +9,7 @@ import numpy as np
 from pipelines.data.plan import Cut, Plan
 from pipelines.data.readers import Stream, View, locate, parse_block, read_blocks
 from pipelines.data.shards import Manifest, load_index
+from pipelines.data.sources import valid_text
 from pipelines.errors import UserError
 from pipelines.reading import DEFAULT_POLICY, ReadPolicy
 
@@ -36,6 +37,7 @@ def find_keys(manifest: Manifest, keys: Sequence[str]) -> list[int]:
     Raises:
         UserError: There is no such key; the text lists similar ones.
     """
+    keys = [valid_text(key) for key in keys]
     found: dict[str, int] = {}
     compared: list[str] = []
     wanted = set(keys)

@@ -9,11 +9,12 @@ import gzip
 import itertools
 import os
 import posixpath
+import re
 import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +28,53 @@ from pipelines.errors import UserError
 
 Kind = Literal["folder", "tar", "tar.gz", "zip", "digits"]
 
-# What a file name may end with, and what a member of a shard ends with.
+# What a file name may end with, and what a member of a shard ends with: all that the decoder reads.
 IMAGE_EXTENSIONS = {
     "jpg": "jpg",
     "jpeg": "jpg",
+    "jpe": "jpg",
+    "jfif": "jpg",
     "png": "png",
+    "apng": "png",
     "webp": "webp",
     "tif": "tif",
     "tiff": "tif",
     "bmp": "bmp",
+    "dib": "bmp",
+    "gif": "gif",
+    "ppm": "ppm",
+    "pgm": "ppm",
+    "pbm": "ppm",
+    "pnm": "ppm",
+    "jp2": "jp2",
+    "j2k": "jp2",
+    "j2c": "jp2",
+    "jpc": "jp2",
+    "jpf": "jp2",
+    "jpx": "jp2",
+}
+# How files of these formats begin, for those whose names do not say it.
+_BEGINNINGS = (
+    (rb"\xff\xd8\xff", "jpg"),
+    (rb"\x89PNG\r\n\x1a\n", "png"),
+    (rb"RIFF....WEBP", "webp"),
+    (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", "tif"),
+    (rb"BM....\0\0\0\0....[\x0c-\x7c]\0\0\0", "bmp"),
+    (rb"GIF8[79]a", "gif"),
+    (rb"P[1-6]\s+(#[^\n]*\n\s*)*\d+\s", "ppm"),
+    (rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n", "jp2"),
+)
+_BEGINNING_BYTES = 64
+# What folders and shards of a split are called.
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
 }
 
 
@@ -85,8 +124,39 @@ class Masks:
 
 
 def image_extension(name: str) -> str | None:
-    """The extension that a shard gives to an image of this name; None where it is no image."""
+    """The extension that a shard gives to an image of this name; None where it is no image's name."""
     return IMAGE_EXTENSIONS.get(posixpath.splitext(name)[1][1:].lower())
+
+
+def image_kind(data: bytes) -> str | None:
+    """The extension that a shard gives to an image with this beginning; None where it is no image."""
+    return next((kind for begins, kind in _BEGINNINGS if re.match(begins, data, re.DOTALL)), None)
+
+
+def extension_of(name: str) -> str:
+    """What a file's name ends with, for people: ``.gif``, or that it has no extension."""
+    extension = posixpath.splitext(posixpath.basename(name))[1].lower()
+    return valid_text(extension) if len(extension) > 1 else "without extension"
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a path is hidden, or what macOS keeps beside an archive's files."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
+def valid_text(name: str) -> str:
+    """A file's name as text that can be written anywhere: bytes that are no UTF-8 are written as in a bytes literal."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def split_of(word: str) -> str:
+    """The split that a word means, ``val`` for ``Validation``; empty where it means none."""
+    return _SPLITS.get(word.lower(), "")
+
+
+def named_split(shard_name: str) -> str:
+    """The split that a shard's name tells, ``val`` for ``imagenet-val-0000.tar``; empty where it tells none."""
+    return next((split for word in re.split(r"[^A-Za-z]+", shard_name) if (split := split_of(word))), "")
 
 
 def find_source(text: str) -> Source:
@@ -127,8 +197,8 @@ def _is_old_tar(start: bytes) -> bool:
 def list_images(source: Source, split: str, progress: Callable[[int], None] = lambda _: None) -> Listing:
     """Lists the images of a source by reading names and sizes only.
 
-    Hidden files and folders (and ``__MACOSX``) do not count. Of a path that an archive holds twice, the last
-    one is taken, as extracting would.
+    An image is what has an image's name, or begins like one. Hidden files and folders (and ``__MACOSX``) are left out.
+    Of a path that an archive holds twice, the last one is taken, as extracting would. What is left out is counted.
 
     Args:
         source: Where to look.
@@ -140,14 +210,14 @@ def list_images(source: Source, split: str, progress: Callable[[int], None] = la
     """
     left_out: Counter[str] = Counter()
     found: dict[str, tuple[int, int]] = {}
-    for path, size, where in _entries(source, split, left_out):
+    for path, size, where, read_start in _entries(source, split, left_out):
         path = posixpath.normpath(path).lstrip("/")
-        if any(part.startswith(".") or part == "__MACOSX" for part in path.split("/")):
-            continue
-        if image_extension(path) is None:
-            left_out["not an image"] += 1
+        if is_hidden(path):
+            left_out["hidden"] += 1
         elif size == 0:
             left_out["empty"] += 1
+        elif image_extension(path) is None and image_kind(read_start()) is None:
+            left_out[extension_of(path)] += 1
         else:
             left_out["twice in the archive"] += path in found
             found[path] = (size, where)
@@ -155,12 +225,18 @@ def list_images(source: Source, split: str, progress: Callable[[int], None] = la
                 progress(len(found))
     if not found:
         known = " ".join(IMAGE_EXTENSIONS)
-        others = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "it is empty"
-        raise UserError(f"source '{source.path}' holds no image ({others}): looked for {known}")
+        raise UserError(
+            f"source '{source.path}' holds no image ({counted(left_out) or 'it is empty'}): looked for {known}"
+        )
     paths = sorted(found)
     columns = np.array([found[path] for path in paths], np.int64)
     reasons = {reason: count for reason, count in left_out.items() if count}
     return Listing(source, paths, columns[:, 0].copy(), columns[:, 1].copy(), reasons)
+
+
+def counted(left_out: Mapping[str, int]) -> str:
+    """``3 .txt, 1 hidden``."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
 
 
 def list_masks(listing: Listing, folder: str) -> Masks:
@@ -208,12 +284,17 @@ def read_images(
         yield position, data
 
 
-def _entries(source: Source, split: str, left_out: Counter[str]) -> Iterator[tuple[str, int, int]]:
-    """Yields path, size and where of all regular files."""
+# Path, size, where, and what reads the file's first bytes, which is called before the next entry is asked for.
+_Entry = tuple[str, int, int, Callable[[], bytes]]
+
+
+def _entries(source: Source, split: str, left_out: Counter[str]) -> Iterator[_Entry]:
+    """Yields all regular files."""
     if source.kind == "folder":
         yield from _folder_entries(source.path, left_out)
     elif source.kind == "digits":
-        yield from list_digits(split)
+        for path, size, where in list_digits(split):
+            yield path, size, where, bytes
     elif source.kind == "zip":
         with _told(source.path), zipfile.ZipFile(source.path) as archive:
             for where, info in enumerate(archive.infolist()):
@@ -222,16 +303,42 @@ def _entries(source: Source, split: str, left_out: Counter[str]) -> Iterator[tup
                 elif info.flag_bits & 1:
                     raise UserError(f"'{source.path}' is encrypted: unpack it and name the folder")
                 elif not info.is_dir():
-                    yield info.filename.replace("\\", "/"), info.file_size, where
+                    start = functools.partial(_zip_start, archive, info)
+                    yield info.filename.replace("\\", "/"), info.file_size, where, start
     else:
-        for where, member, _ in _tar_members(source):
-            if member.issym() or member.islnk():
-                left_out["links"] += 1
-            elif member.isreg() and not member.issparse():
-                yield member.name, member.size, where if source.streamed else member.offset_data
+        for where, member, archive in _tar_members(source):
+            if reason := not_a_file(member):
+                left_out[reason] += 1
+            elif not member.isdir():
+                start = functools.partial(_tar_start, archive, member)
+                yield member.name, member.size, where if source.streamed else member.offset_data, start
 
 
-def _folder_entries(root: str, left_out: Counter[str]) -> Iterator[tuple[str, int, int]]:
+def not_a_file(member: tarfile.TarInfo) -> str:
+    """Why the bytes of a tar's member cannot be read where they lie; empty for files and folders."""
+    if member.issym() or member.islnk():
+        return "links"
+    if member.issparse():
+        return "sparse"
+    return "" if member.isreg() or member.isdir() else "not a file"
+
+
+def _tar_start(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    return file.read(_BEGINNING_BYTES) if file else b""
+
+
+def _zip_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    with archive.open(info) as file:
+        return file.read(_BEGINNING_BYTES)
+
+
+def _file_start(path: str) -> bytes:
+    with open(path, "rb") as file:  # noqa: PTH123 (as below)
+        return file.read(_BEGINNING_BYTES)
+
+
+def _folder_entries(root: str, left_out: Counter[str]) -> Iterator[_Entry]:
     # Links to folders are followed, each folder once, so that a link to a parent ends.
     seen = set()
     waiting = [""]
@@ -244,12 +351,12 @@ def _folder_entries(root: str, left_out: Counter[str]) -> Iterator[tuple[str, in
         with os.scandir(os.path.join(root, folder)) as entries:  # noqa: PTH118 (a Path for each of a million files)
             for entry in sorted(entries, key=lambda entry: entry.name):
                 path = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
+                if is_hidden(entry.name):
+                    left_out["hidden"] += 1
+                elif entry.is_dir():
                     waiting.append(path)
                 elif entry.is_file():
-                    yield path, entry.stat().st_size, 0
+                    yield path, entry.stat().st_size, 0, functools.partial(_file_start, entry.path)
                 else:
                     left_out["not a file"] += 1
 

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from mae_core.images import ImageError, decode
-from mae_core.mask_images import check_mask_size, decode_mask, num_mask_classes
+from mae_core.mask_images import IGNORE, check_mask_size, decode_mask, num_mask_classes
 from pipelines.data.index import MASK_EXTENSION, NO_MASK, encode_index, index_name, index_of
 from pipelines.data.packing import HEADER_BYTES, PackingOptions, ShardPlan, member_bytes
-from pipelines.data.sources import Source, image_extension, read_images
+from pipelines.data.sources import Source, image_extension, image_kind, read_images
 from pipelines.errors import UserError
 from pipelines.storage import Store
 
@@ -80,7 +80,7 @@ def _encode(shard: ShardPlan, position: int, data: bytes, options: PackingOption
     Raises:
         UserError: Its mask is none, or is of another size.
     """
-    extension = image_extension(shard.paths[position])
+    extension = image_extension(shard.paths[position]) or image_kind(data)
     assert extension is not None, shard.paths[position]
     if not options.resize and not shard.masks:
         return _Encoded(data, extension)
@@ -89,7 +89,7 @@ def _encode(shard: ShardPlan, position: int, data: bytes, options: PackingOption
     except ImageError as error:
         return _Encoded(data, extension, str(error))
     height, width = pixels_HWC.shape[:2]
-    mask, mask_HW = _read_mask(shard.masks[position], height, width) if shard.masks else (b"", None)
+    mask, mask_HW = _read_mask(shard.masks[position], height, width, options.mask_255) if shard.masks else (b"", None)
     shorter = min(height, width)
     if 0 < options.resize < shorter:
         size = (round(width * options.resize / shorter), round(height * options.resize / shorter))
@@ -98,20 +98,27 @@ def _encode(shard: ShardPlan, position: int, data: bytes, options: PackingOption
         image.save(out, "JPEG", quality=options.quality)
         data, extension = out.getvalue(), "jpg"
         if mask_HW is not None:
-            out = io.BytesIO()
-            Image.fromarray(mask_HW).resize(size, Image.Resampling.NEAREST).save(out, "PNG")
-            mask = out.getvalue()
+            mask = _png(Image.fromarray(mask_HW).resize(size, Image.Resampling.NEAREST))
     return _Encoded(data, extension, "", mask, 0 if mask_HW is None else num_mask_classes(mask_HW))
 
 
-def _read_mask(path: str, height: int, width: int) -> tuple[bytes, np.ndarray]:
+def _read_mask(path: str, height: int, width: int, mask_255: int) -> tuple[bytes, np.ndarray]:
     data = Path(path).read_bytes()
     try:
         mask_HW = decode_mask(data)
         check_mask_size(mask_HW, height, width)
     except ValueError as error:
         raise UserError(f"mask '{path}': {error}") from None
+    if mask_255 != IGNORE:
+        mask_HW = np.where(mask_HW == IGNORE, np.uint8(mask_255), mask_HW)
+        data = _png(Image.fromarray(mask_HW))
     return data, mask_HW
+
+
+def _png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
 
 
 class _HashingFile:

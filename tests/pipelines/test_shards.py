@@ -2,7 +2,12 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +15,12 @@ import pytest
 from PIL import Image
 from webdataset.writer import ShardWriter
 
+from mae_core.images import decode
 from pipelines import check_shards
-from pipelines.data.index import index_tar
-from pipelines.data.shards import load_index, load_manifest
+from pipelines.data.index import KeyRule, TarContents, index_tar, read_tar
+from pipelines.data.lookup import find_keys, key_of, read_samples
+from pipelines.data.readers import View
+from pipelines.data.shards import load_index, load_manifest, need_labels, need_same_classes
 from pipelines.errors import UserError, run_command
 
 
@@ -40,13 +48,13 @@ def check(folder: Path, *flags: str) -> int:
 
 
 @pytest.fixture
-def shards(ray_local, tmp_path: Path) -> Path:
+def shards(tmp_path: Path) -> Path:
     write_foreign(tmp_path / "shards")
     assert check(tmp_path / "shards", "--write", "--split", "own") == 0
     return tmp_path / "shards"
 
 
-def test_shards_that_others_made_are_indexed_to_the_byte(ray_local, tmp_path, capsys):
+def test_shards_that_others_made_are_indexed_to_the_byte(tmp_path):
     images = write_foreign(tmp_path)
     with pytest.raises(UserError, match="check_shards"):
         load_manifest(str(tmp_path))
@@ -67,7 +75,7 @@ def test_shards_that_others_made_are_indexed_to_the_byte(ray_local, tmp_path, ca
     assert check(tmp_path, "--decode") == 0
 
 
-def test_shards_without_labels(ray_local, tmp_path):
+def test_shards_without_labels(tmp_path):
     write_foreign(tmp_path, labels=False)
     assert check(tmp_path, "--write") == 0
     manifest = load_manifest(str(tmp_path))
@@ -93,24 +101,280 @@ def test_a_cut_tar_never_passes_for_a_shorter_one(tmp_path):
             index_tar(io.BytesIO(bytes(damaged)))
 
 
-@pytest.mark.parametrize(
-    ("files", "told"),
-    [
-        ({"a.cls": b"cat", "a.jpg": b"x"}, "whole number"),
-        ({"img.v1.jpg": b"x"}, "dots before its extension"),
-        ({"a.txt": b"x"}, "no image"),
-    ],
-)
-def test_index_tells_what_a_shard_lacks(files: dict[str, bytes], told: str):
+def tar_of(members: Sequence[str | tuple[str, bytes]]) -> io.BytesIO:
+    """A tar with these members, in this order, also of one name twice."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as archive:
-        for name, content in files.items():
+        for each in members:
+            name, content = each if isinstance(each, tuple) else (each, b"x")
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     data.seek(0)
-    with pytest.raises(ValueError, match=told):
-        index_tar(data)
+    return data
+
+
+def found_in(members: Sequence[str | tuple[str, bytes]], keys: KeyRule = "longest") -> tuple[TarContents, list[tuple]]:
+    contents = read_tar(tar_of(members), keys)
+    columns = (contents.index.keys, contents.index.extensions, contents.index.label_S.tolist())
+    return contents, list(zip(*columns, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("members", "samples", "left_out"),
+    [
+        (["0000.jpg", "22.05.jpg", "k.1.jpg"], [("0000", "jpg", -1), ("22.05", "jpg", -1), ("k.1", "jpg", -1)], {}),
+        (["1.jpg", "1.5.jpg"], [("1", "jpg", -1), ("1.5", "jpg", -1)], {}),
+        # Labels before their image, far from it, in upper case, and under webdataset's key for it.
+        (
+            [("b.cls", b"1"), "a.JPG", "b.jpg", ("a.CLS", b" 2\n"), "c.input.jpg", ("c.cls", b"3")],
+            [("a", "jpg", 2), ("b", "jpg", 1), ("c.input", "jpg", 3)],
+            {},
+        ),
+        (["a.jpg", "a.seg.png", "a.png"], [("a", "jpg", -1)], {"(.seg.png)": ["a.seg.png"], "(.png)": ["a.png"]}),
+        (
+            ["d/a.jpg", ("e/a.cls", b"1")],
+            [("d/a", "jpg", -1)],
+            {"labels without": ["e/a.cls"], "images without": ["d/a.jpg"]},
+        ),
+        (["a.jpg", ("a.cls", b"1"), "b.jpg"], [("a", "jpg", 1), ("b", "jpg", -1)], {"without a label": ["b.jpg"]}),
+        (
+            ["a.jpg", "._a.jpg", "__MACOSX/a.jpg", "a.txt", "b.json", "LICENSE"],
+            [("a", "jpg", -1)],
+            {
+                "hidden": ["._a.jpg", "__MACOSX/a.jpg"],
+                ".txt": ["a.txt"],
+                ".json": ["b.json"],
+                "without ext": ["LICENSE"],
+            },
+        ),
+        (["./a.jpg"], [("./a", "jpg", -1)], {}),
+        (["a.jpg", "a.jpg"], [("a", "jpg", -1)] * 2, {"a key that has come before": ["a.jpg"]}),
+        (
+            ["k.one.jpg", "k.two.jpg"],
+            [("k.one", "jpg", -1), ("k.two", "jpg", -1)],
+            {"alike": ["k.one.jpg", "k.two.jpg"]},
+        ),
+        (["a.txt"], [], {".txt": ["a.txt"]}),
+    ],
+)
+def test_every_member_of_a_tar_is_a_sample_or_left_out_by_reason(members, samples, left_out):
+    contents, found = found_in(members)
+    assert found == samples
+    assert contents.problems == ()
+    assert len(contents.left_out) == len(left_out), contents.left_out
+    for reason, names in left_out.items():
+        ((count, first),) = (value for key, value in contents.left_out.items() if reason in key)
+        assert (count, list(first)) == (len(names), names)
+
+
+@pytest.mark.parametrize(
+    ("members", "keys", "told"),
+    [
+        (["9.jpg", ("9.cls", b"0"), "9.jpg", ("9.cls", b"1")], "longest", "the key '9' has 2 images, 2 labels (0, 1)"),
+        (["a.jpg", ("a.cls", b"0"), "b.jpg", ("a.cls", b"1")], "longest", "the key 'a' has 1 image, 2 labels (0, 1)"),
+        (["a.jpg", "a.mask.png", "a.mask.png"], "longest", "the key 'a' has 1 image, 2 masks"),
+        (
+            ["k.input.jpg", "k.target.jpg", ("k.cls", b"1")],
+            "longest",
+            "'k.cls' may be of 'k.input.jpg' and 'k.target.jpg'",
+        ),
+        (["22.05.jpg", "22.06.jpg"], "first-dot", "the key '22' has 2 images ('22.05.jpg', '22.06.jpg')"),
+    ],
+)
+def test_what_makes_a_wrong_label_possible_is_a_problem(members, keys, told):
+    contents, _ = found_in(members, keys)
+    (problem,) = contents.problems
+    assert told in problem
+    with pytest.raises(ValueError, match=r"key|label"):
+        index_tar(tar_of(members), keys)
+
+
+def test_webdatasets_own_keys_are_an_option():
+    members = ["a.input.jpg", ("a.cls", b"4"), "b.jpg", "b.depth.png"]
+    contents, found = found_in(members, "first-dot")
+    assert found == [("a", "jpg", 4), ("b", "jpg", -1)]
+    assert sorted(contents.left_out) == ["beside their image (.depth.png)", "images without a label"]
+
+
+def test_links_and_sparse_members_are_counted():
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name, kind in (("a.jpg", tarfile.REGTYPE), ("b.jpg", tarfile.SYMTYPE), ("c.jpg", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.jpg" if kind != tarfile.REGTYPE else ""
+            archive.addfile(member)
+        for name, kind in (("d.jpg", tarfile.GNUTYPE_SPARSE), ("e.jpg", tarfile.FIFOTYPE), ("f", tarfile.DIRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            archive.addfile(member)
+    data.seek(0)
+    contents = read_tar(data)
+    assert list(contents.index.keys) == ["a"]
+    assert contents.left_out == {
+        "links": (2, ("b.jpg", "c.jpg")),
+        "sparse": (1, ("d.jpg",)),
+        "not a file": (1, ("e.jpg",)),
+    }
+
+
+def write_shards(folder: Path, **tars: Sequence[str | tuple[str, bytes]]) -> Path:
+    """Tars named by the keywords, ``_`` standing for ``-``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, members in tars.items():
+        (folder / f"{name.replace('_', '-')}.tar").write_bytes(tar_of(members).getvalue())
+    return folder
+
+
+def test_a_mixed_up_shard_is_named_and_nothing_is_written(tmp_path, capsys):
+    folder = write_shards(tmp_path, a_0=["9.jpg", ("9.cls", b"0"), "9.jpg", ("9.cls", b"1")], a_1=["8.jpg", "8.txt"])
+    assert check(folder, "--write") == 1
+    told = capsys.readouterr().out
+    assert "a-0.tar: the key '9' has 2 images, 2 labels (0, 1)" in told
+    assert "no _info.json is written" in told
+    assert not (folder / "_info.json").exists()
+    (folder / "a-0.tar").unlink()
+    assert check(folder, "--write") == 0
+    assert "1 .txt (a-1.tar: 8.txt)" in capsys.readouterr().out
+
+
+def test_labels_that_are_no_numbers_stop_labelled_use_and_not_pretraining(tmp_path, capsys):
+    folder = write_shards(tmp_path, a_0=["9.jpg", ("9.cls", b"3")], a_1=["8.jpg", ("8.cls", b"cat")])
+    assert check(folder, "--write") == 0
+    assert "labels are not used" in capsys.readouterr().out
+    manifest = load_manifest(str(folder))
+    assert (manifest.num_samples, manifest.labelled) == (2, False)
+    with pytest.raises(UserError, match=r"probe\.train: .* have no labels \(a-1\.tar: '8\.cls' holds b'cat'"):
+        need_labels("probe.train", manifest, "a probe")
+    assert check(folder) == 0
+
+
+def test_an_empty_shard_is_named_and_does_not_block_the_others(tmp_path, capsys):
+    folder = write_shards(tmp_path, a_0=[("7.jpg", picture(7))], a_1=["notes.txt"], a_2=[("8.jpg", picture(8))])
+    assert check(folder, "--write") == 0
+    assert "1 shards hold no image: a-1.tar" in capsys.readouterr().out
+    manifest = load_manifest(str(folder))
+    assert manifest.shard_lengths == (1, 0, 1)
+    assert find_keys(manifest, ["8"]) == [1]
+    (read,) = read_samples(manifest, [1, 0], View((16, 16), 3))
+    assert read.sample_B.tolist() == [1, 0]
+    assert check(folder) == 0
+    write_shards(tmp_path / "none", a_0=["notes.txt"])
+    assert check(tmp_path / "none", "--write") == 1
+
+
+def test_shards_of_several_splits_are_never_mixed(tmp_path, capsys):
+    folder = write_shards(
+        tmp_path,
+        train_0=["a.jpg", ("a.cls", b"0")],
+        train_1=["b.jpg", ("b.cls", b"1")],
+        validation_0=["c.jpg", ("c.cls", b"1")],
+    )
+    with pytest.raises(UserError, match=r"several splits, train \(2 tars\), val \(1 tars\): name one by --split"):
+        check(folder, "--write")
+    assert check(folder, "--write", "--split", "val") == 0
+    assert load_manifest(str(folder)).shard_names == ("validation-0.tar",)
+    assert check(folder, "--write", "--split", "train") == 0
+    with pytest.raises(UserError, match=r"describes the splits val, train: say which by .*validation-\*\.tar"):
+        load_manifest(str(folder))
+    assert load_manifest(f"{folder}/train-*.tar").shard_names == ("train-0.tar", "train-1.tar")
+    assert load_manifest(f"{folder}/validation-0.tar").split == "val"
+    with pytest.raises(UserError, match="of the splits train, val: one at a time"):
+        load_manifest(f"{folder}/*.tar")
+    capsys.readouterr()
+    assert check(folder) == 0
+    assert check(folder, "--split", "val") == 0
+    assert capsys.readouterr().out.count("no problem found") == 3
+
+    # As an index from before this was noticed has them.
+    info = json.loads((folder / "_info.json").read_text())["splits"]
+    mixed = {
+        key: info["train"][key] + info["val"][key] for key in info["train"] if isinstance(info["train"][key], list)
+    }
+    (folder / "_info.json").write_text(json.dumps({"splits": {"train": info["train"] | mixed}}))
+    with pytest.raises(UserError, match="would mix the splits train and val"):
+        load_manifest(str(folder))
+    assert check(folder, "--write") == 0
+    assert load_manifest(str(folder)).num_samples == 2
+
+
+def test_timms_info_says_which_shards_are_a_split(tmp_path):
+    folder = write_shards(tmp_path, x0=["a.jpg"], x1=["b.jpg"], x2=["c.jpg"])
+    splits = {"train": {"filenames": ["x0.tar", "x2.tar"]}, "validation": {"filenames": ["x1.tar"]}}
+    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(UserError, match="describes the splits train, validation: name one by --split"):
+        check(folder, "--write")
+    assert check(folder, "--write", "--split", "train") == 0
+    info = json.loads((folder / "_info.json").read_text())["splits"]
+    assert info["validation"] == splits["validation"]
+    assert load_manifest(f"{folder}/x[02].tar").shard_names == ("x0.tar", "x2.tar")
+    with pytest.raises(UserError, match="check_shards DIR --write"):
+        load_manifest(f"{folder}/x1.tar")
+
+
+def test_the_index_of_a_store_that_is_only_read_lies_elsewhere(tmp_path):
+    folder = tmp_path / "tars"
+    images = write_foreign(folder)
+    before = sorted(path.name for path in folder.iterdir())
+    assert check(folder, "--write", "--index-to", str(tmp_path / "index")) == 0
+    assert sorted(path.name for path in folder.iterdir()) == before
+    manifest = load_manifest(str(tmp_path / "index"))
+    ids = find_keys(manifest, ["set/007", "set/002"])
+    (read,) = read_samples(manifest, ids, View((16, 16), 3, crop_share=1.0))
+    for name, pixels_HWC in zip(("set/007", "set/002"), read.images_BHWC, strict=True):
+        np.testing.assert_array_equal(pixels_HWC, decode(images[name]))
+    assert load_manifest(f"{tmp_path}/index/own-0001.tar").num_samples == 4
+    assert check(tmp_path / "index") == 0
+    assert check(folder, "--write") == 0
+    assert load_manifest(str(folder)).digest == manifest.digest
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"own-0000\.tar should have"):
+        load_manifest(str(tmp_path / "index"))
+
+
+def test_class_names_come_from_a_file_or_from_other_shards(tmp_path):
+    folder = write_shards(tmp_path / "train", a_0=["a.jpg", ("a.cls", b"0"), "b.jpg", ("b.cls", b"2")])
+    names = tmp_path / "names.txt"
+    names.write_bytes("cat\n犬\n".encode() + b"caf\xe9\n")
+    assert check(folder, "--write", "--classes", str(names)) == 0
+    manifest = load_manifest(str(folder))
+    assert manifest.classes == ("cat", "犬", "caf\\xe9")
+    test = write_shards(tmp_path / "test", a_0=["a.jpg", ("a.cls", b"1")])
+    assert check(test, "--write", "--classes", str(folder)) == 0
+    need_same_classes("data.train", manifest, "data.test", load_manifest(str(test)))
+    names.write_text("cat\ndog\n")
+    with pytest.raises(UserError, match="the highest label is 2, and --classes names 2 classes"):
+        check(folder, "--write", "--classes", str(names))
+    # A split that was packed by itself lacks a class.
+    with pytest.raises(
+        UserError, match=r"label 0 is 'cat' in the one and '犬' in the other; pack data\.test with --classes"
+    ):
+        need_same_classes("data.train", manifest, "data.test", replace(manifest, classes=manifest.classes[1:]))
+
+
+def test_names_of_any_bytes_survive_to_the_end(tmp_path):
+    odd = ["caf\udce9", "line\nbreak", "100%", "🐱 猫", "a.b.c"]
+    folder = tmp_path / "100% 🐱"
+    folder.mkdir()
+    shard = "od\udcff\n%d.tar"
+    (folder / shard).write_bytes(
+        tar_of([(f"{name}.jpg", picture(n)) for n, name in enumerate(odd)] + ["x\n\udcff.txt"]).getvalue()
+    )
+    # On a terminal that knows nothing but ASCII.
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    for flags, told in ((("--write",), "indexed 1 shards"), (("--decode",), "no problem found")):
+        command = [sys.executable, "-m", "pipelines.check_shards", str(folder), *flags]
+        done = subprocess.run(command, capture_output=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert told in done.stdout.decode("ascii")
+    manifest = load_manifest(str(folder))
+    assert manifest.shard_names == (shard,)
+    ids = find_keys(manifest, odd)
+    assert ids == [0, 1, 2, 3, 4]
+    assert find_keys(manifest, [key_of(manifest, id_) for id_ in ids]) == ids
+    (read,) = read_samples(manifest, ids, View((16, 16), 3, crop_share=1.0))
+    assert read.sample_B.tolist() == ids
 
 
 def test_a_pattern_chooses_shards(shards: Path):
@@ -185,7 +449,7 @@ def test_an_index_of_another_tar_is_refused(shards: Path, capsys):
     assert load_manifest(str(shards)).split == "own"
 
 
-def test_broken_images_are_listed_when_decoded(ray_local, tmp_path, capsys):
+def test_broken_images_are_listed_when_decoded(tmp_path, capsys):
     tmp_path.joinpath("shards").mkdir()
     with ShardWriter(str(tmp_path / "shards" / "s-%d.tar"), verbose=0) as writer:
         for n in range(4):
@@ -204,7 +468,7 @@ def test_timms_own_info_and_broken_ones_are_told(shards: Path):
         del info["splits"]["own"][key]
     for content, told in (
         (json.dumps(info), "lacks"),
-        (json.dumps({"splits": {"a": {}, "b": {}}}), "one directory holds one split"),
+        (json.dumps({"splits": {"a": {}, "b": {}}}), "describes the splits a, b: say which"),
         ("[]", "lacks"),
         ("{", "no JSON"),
     ):
