@@ -64,6 +64,8 @@ class Data(Section):
     """Views of an image from one decoding, each in another batch: saves decoding, makes neighbouring batches alike."""
     deadline_s: float = Field(default=300.0, gt=0)
     """How long a store may fail to give a range of a shard before the run stops."""
+    max_unreadable: float = Field(default=0.01, ge=0, le=1)
+    """Share of the images that may be unreadable; a run ends where it is more, or where 100 in a row are."""
     cpus_per_task: float = Field(default=0.66, gt=0)
     """CPUs that one reading and decoding task claims from Ray."""
 
@@ -308,7 +310,8 @@ def flat(section: pydantic.BaseModel, prefix: str = "") -> dict[str, Any]:
 # What decides the numbers that a run produces: all but where it runs, how often it tells and where things lie.
 _RESULT = ("run.seed", "run.init_from", "data.", "model.", "batch.global_size", "optim.", "train.")
 _NOT_RESULT = (
-    "data.train", "data.deadline_s", "data.cpus_per_task", "train.compile", "train.checkpoint_activations",
+    "data.train", "data.deadline_s", "data.max_unreadable", "data.cpus_per_task", "train.compile",
+    "train.checkpoint_activations",
 )  # fmt: skip
 # The keys that the first runs had. None is ever added: a younger key is left out of an identity where it has its
 # default, so that a run from before it stays the run that it was.

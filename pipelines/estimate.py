@@ -72,7 +72,7 @@ def measure(args: Args, work: Work) -> tuple[StepRate | None, Rates]:
         config = micro_size.with_micro_size(args, rows)
     stream = make_stream(config, load_manifest(args.data.train), scale.workers)
     step = measure_step(config, stream.cut, device, threads=threads, seconds=args.seconds) if measured else None
-    decode = measure_decoding(stream, work.steps, seconds=args.seconds)
+    decode = measure_decoding(stream, work.steps, seconds=args.seconds, max_unreadable=args.data.max_unreadable)
     spare = cores / here - scale.cpus_per_worker
     # Of a machine without GPUs nothing follows for one with them; and one too small for a worker is not the run's.
     known = scale.gpu and torch.cuda.is_available() and spare * here >= args.data.cpus_per_task

@@ -45,7 +45,8 @@ from pipelines.training.profiling import BEFORE, PROFILE, Profile
 from pipelines.training.progress import Progress
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import Trainer, autocast, train_step
-from pipelines.training.unreadable import Unreadable
+from pipelines.training.unreadable import FILE as UNREADABLE
+from pipelines.training.unreadable import Unreadable, UnreadableError
 from pipelines.training.writer import Writer
 
 # A disk that is full or closed stays so: starting again is of no use.
@@ -150,7 +151,8 @@ class _Worker:
         self.progress = Progress(
             config, self.model, self.steps, job.train.num_samples, self.unreadable, self.device, self.spool, self.say
         )
-        prober = Prober(config, self.crew, self.device, self.autocast)
+        listed = self.store.path(UNREADABLE)
+        prober = Prober(config, self.crew, self.device, self.autocast, config.data.max_unreadable, listed)
         self.evaluation = Evaluation(
             job, self.steps, self.model, prober, self.unreadable, self.spool, self.folder, self.say
         )
@@ -258,7 +260,10 @@ class _Worker:
             stops = done < self.steps and (self.guard.stop or bool(leaving))
             save_now = done == self.steps or (save_every and done % save_every == 0)
             save_now = save_now or stops or (self.job.judged and done in probes)
-            if log_now := save_now or done % config.log.every == 0:
+            log_now = save_now or done % config.log.every == 0
+            if log_now or done == start + 1:
+                self._check_readable(done, trainer)
+            if log_now:
                 self.guard.catch_up()
                 window_S4 = torch.stack(window)
                 window = []
@@ -308,6 +313,25 @@ class _Worker:
         if node:
             raise GoBackError(f"{node}: going on elsewhere from step {done}")
         return "STOPPED"
+
+    def _check_readable(self, done: int, trainer: Trainer) -> None:
+        """Ends a run on images most of which are none; all ranks call it, know the same, and so do the same.
+
+        Raises:
+            UnreadableError: More images cannot be read than ``data.max_unreadable`` allows.
+        """
+        self.progress.collect(done, trainer)
+        cut, plan, train = self.stream.cut, self.stream.plan, self.job.train
+        read = -(-done // cut.repeats) * cut.global_size
+        read = read if plan.end is None else min(read, plan.end)
+        share, listed = self.config.data.max_unreadable, self.store.path(UNREADABLE)
+        try:
+            self.unreadable.check(read, train.num_samples, share, train.location, listed)
+        except UnreadableError:
+            self.writer.wait()
+            self.progress.let_go()
+            self.progress.flush()
+            raise
 
     def _go_back(self) -> None:
         """Writes down a row of bad steps, and begins again at the last checkpoint; all ranks call it.

@@ -62,6 +62,11 @@ class Progress:
         """Takes what was no step out of the window's time."""
         self._began += seconds
 
+    def collect(self, done: int, trainer: Trainer) -> None:
+        """Counts and lists what the steps since the last time could not read; all ranks call it."""
+        fresh, trainer.skipped = trainer.skipped, []
+        self._unreadable.counts += self._unreadable.collect(fresh, done)
+
     def tell(
         self, done: int, lr: float, window_S4: torch.Tensor, trainer: Trainer, *, guard_s: float, hold: bool
     ) -> None:
@@ -77,8 +82,6 @@ class Progress:
                 yet, since a point is written once.
         """
         elapsed = time.perf_counter() - self._began
-        fresh, trainer.skipped = trainer.skipped, []
-        self._unreadable.counts += self._unreadable.collect(fresh, done)
         unreadable = self._unreadable.counts
         # A step that was skipped has no loss worth a mean, and says so by its own count.
         good_S4 = window_S4[window_S4[:, 2] == 0]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -217,12 +218,17 @@ class Learning:
         model.train()
         began = saved = shown = time.perf_counter()
         losses: list[torch.Tensor] = []
+        unreadable: Counter[str] = Counter()
         for step in range(start, steps):
             losses.append(step_of(step, batches, lr_at(step, **schedule)))
             if state.average:
                 state.average.update_parameters(model)
             now, done = time.perf_counter(), step + 1
-            if done % transfer.log_every == 0 or done == steps:
+            logs = done % transfer.log_every == 0 or done == steps
+            if logs or done == start + 1:
+                read = (done - start) * cut.global_size
+                worker.check_readable(unreadable, read, len(ids), worker.job.train)
+            if logs:
                 rate = len(losses) * cut.global_size / (now - shown)
                 self._log(training, done, steps, torch.stack(losses).mean().item(), rate)
                 losses, shown = [], now
@@ -295,6 +301,7 @@ class Learning:
         for batch in Feed(stream, (0, -(-num // cut.global_size)), crew=worker.crew):
             counts_CC += self.task.confusion(model, batch)
             worker.left_out(batch.skipped)
+        worker.check_readable(Counter(), num, num, manifest)
         if worker.world_size > 1:
             on_device = counts_CC.to(worker.device)
             dist.all_reduce(on_device)

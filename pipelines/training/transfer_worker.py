@@ -1,5 +1,6 @@
 """What the workers of a transfer have in common: their place, the images, the record."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipelines.tracking import start_follower
 from pipelines.training.build import build_model
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import autocast
+from pipelines.training.unreadable import check_readable, gathered
 from pipelines.transfer_config import Transfer
 
 SPLIT_SEED = 0  # the validation split is the same for all seeds and protocols
@@ -81,6 +83,7 @@ class Worker:
         learn, self.val_ids = split_indices(job.train.num_samples, self.transfer.data.val_share, seed=SPLIT_SEED)
         self.learn_ids = np.sort(learn)
         self._unreadable: set[tuple[str, str]] = set()
+        self._met: list[dict[str, str]] = []
 
     def say(self, line: str) -> None:
         """Shows a line in the driver's terminal."""
@@ -101,6 +104,23 @@ class Worker:
     def left_out(self, skipped: list[dict[str, str]]) -> None:
         """Notes images that could not be read, each once."""
         self._unreadable.update((one["shard"], one["key"]) for one in skipped)
+        self._met += skipped
+
+    def check_readable(self, counts: Counter[str], read: int, num: int, manifest: Manifest) -> None:
+        """Adds what any rank could not read since this was asked last, and ends where that is too much; all ranks ask.
+
+        Args:
+            counts: What was met before, by reason; changed.
+            read: Images read so far, since the counts began.
+            num: Images of an epoch.
+            manifest: Where they lie.
+
+        Raises:
+            UnreadableError: More images cannot be read than ``data.max_unreadable`` allows.
+        """
+        mine, self._met = self._met, []
+        counts.update(one["reason"] for one in gathered(mine, self.device))
+        check_readable(counts, read, num, self.transfer.data.max_unreadable, manifest.location)
 
     def take_unreadable(self) -> list[tuple[str, str]]:
         """Shard and key of what could not be read by any rank since this was asked last; all ranks must ask."""
