@@ -367,3 +367,22 @@ def total_steps(config: Config, num_samples: int) -> int:
     if steps < 1:
         raise UserError(f"train.epochs {config.train.epochs} of {num_samples} images are not one step")
     return steps
+
+
+def warmup_steps(config: Config, num_samples: int) -> int:
+    """Steps over which the learning rate rises, at most all of them."""
+    wanted = int(config.optim.warmup_epochs * num_samples / config.batch.global_size)
+    return min(wanted, total_steps(config, num_samples))
+
+
+def warmup_note(config: Config, num_samples: int) -> str:
+    """That a run is no longer than its warm-up, and the flag that mends it; empty where it is longer."""
+    steps = total_steps(config, num_samples)
+    if not config.optim.warmup_epochs or warmup_steps(config, num_samples) < steps:
+        return ""
+    epochs = steps * config.batch.global_size / num_samples
+    # The paper's own share: 40 of 800.
+    return (
+        f"optim.warmup_epochs {config.optim.warmup_epochs:g} is no shorter than the run, of {epochs:.3g} epochs: its "
+        f"learning rate rises to the end and never falls; set --optim.warmup-epochs {epochs / 20:.2g}"
+    )

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.cli import parse
 from pipelines.data.index import index_name, read_index
+from pipelines.data.next_step import next_step
 from pipelines.data.packing import Packing, PackingOptions, ShardPlan, group_shards, plan_packing
 from pipelines.data.shards import INFO, STATE, Manifest, encode_info, file_sizes
 from pipelines.data.sources import Source, find_source, list_images, list_masks
@@ -309,7 +310,8 @@ def _summarise(manifest: Manifest, num_skipped: int, left_out: dict[str, int], t
     if left_out:
         line += "; other files left out: " + ", ".join(f"{count:,} {why}" for why, count in left_out.items())
     print(line)
-    print(f"next: python -m pipelines.pretrain --data.train {manifest.location}")
+    if manifest.split not in ("test", "val"):  # the next of these is another split
+        print(f"next: {next_step(manifest)}")
 
 
 if __name__ == "__main__":

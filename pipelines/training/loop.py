@@ -19,7 +19,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.optim import lr_at, make_optimizer, peak_lr
-from pipelines.config import identity, identity_hash, total_steps
+from pipelines.config import identity, identity_hash, total_steps, warmup_steps
 from pipelines.data.feed import Feed, join_crew
 from pipelines.data.readers import MicroBatch
 from pipelines.errors import DIVERGED, FAILED, USAGE_ERROR, UserError
@@ -40,6 +40,7 @@ from pipelines.training.evaluation import Evaluation
 from pipelines.training.exporting import ExportedSpool
 from pipelines.training.guard import BAD_STEPS_IN_A_ROW, Guard
 from pipelines.training.job import GoBackError, Job
+from pipelines.training.outcome import notes, read_record
 from pipelines.training.probing import Prober
 from pipelines.training.profiling import BEFORE, PROFILE, Profile
 from pipelines.training.progress import Progress
@@ -226,7 +227,7 @@ class _Worker:
         per_epoch = self.job.train.num_samples / config.batch.global_size
         schedule = {
             "peak": peak_lr(config.optim.base_lr, config.batch.global_size),
-            "warmup_steps": min(int(config.optim.warmup_epochs * per_epoch), self.steps),
+            "warmup_steps": warmup_steps(config, self.job.train.num_samples),
             "total_steps": self.steps,
         }
         save_every = config.checkpoint.every_steps
@@ -248,12 +249,13 @@ class _Worker:
         self.last_save = time.perf_counter()
         if self.folder and config.log.profile:
             self.profile = Profile(self.folder.path / PROFILE, self.device)
-        self.progress.begin()
+        self.progress.begin(start)
         for step in range(start, self.steps):
             lr = lr_at(step, **schedule)
             window.append(train_step(trainer, batches, lr, self.guard.wish()))
             self.guard.heed(step, window[-1])
             done = step + 1
+            self.progress.step(done)
             if self.profile:
                 self._keep(self.profile.step())
             leaving = self.guard.node_goes()
@@ -472,14 +474,18 @@ class _Worker:
         self.progress.flush()
         scores = self.evaluation.at_the_end()
         if self.spool and self.folder:
+            said = notes(self.config, self.job.train.num_samples, scores, *read_record(self.folder.path))
             result = {
                 "step": self.steps,
                 "identity": identity_hash(identity(self.config, self.job.train.digest)),
                 "scores": scores,
                 "skipped": dict(self.unreadable.counts),
+                "notes": said,
                 "tracking_s": self.progress.tracking(),
             }
             self.folder.write("result.json", json.dumps(result, indent=2))
+            if said:
+                self.spool.tags({"mae.notes": "; ".join(said)})
             for name in ("config.json", "result.json", "skipped.jsonl"):
                 if (self.folder.path / name).exists():
                     self.spool.artifact(name)
