@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -218,7 +217,6 @@ class Learning:
         model.train()
         began = saved = shown = time.perf_counter()
         losses: list[torch.Tensor] = []
-        unreadable: Counter[str] = Counter()
         for step in range(start, steps):
             losses.append(step_of(step, batches, lr_at(step, **schedule)))
             if state.average:
@@ -226,8 +224,7 @@ class Learning:
             now, done = time.perf_counter(), step + 1
             logs = done % transfer.log_every == 0 or done == steps
             if logs or done == start + 1:
-                read = (done - start) * cut.global_size
-                worker.check_readable(unreadable, read, len(ids), worker.job.train)
+                worker.check_readable((done - start) * cut.global_size, worker.job.train)
             if logs:
                 rate = len(losses) * cut.global_size / (now - shown)
                 self._log(training, done, steps, torch.stack(losses).mean().item(), rate)
@@ -301,7 +298,7 @@ class Learning:
         for batch in Feed(stream, (0, -(-num // cut.global_size)), crew=worker.crew):
             counts_CC += self.task.confusion(model, batch)
             worker.left_out(batch.skipped)
-        worker.check_readable(Counter(), num, num, manifest)
+        worker.check_readable(num, manifest)
         if worker.world_size > 1:
             on_device = counts_CC.to(worker.device)
             dist.all_reduce(on_device)

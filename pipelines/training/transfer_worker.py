@@ -84,6 +84,7 @@ class Worker:
         self.learn_ids = np.sort(learn)
         self._unreadable: set[tuple[str, str]] = set()
         self._met: list[dict[str, str]] = []
+        self._broken: dict[str, dict[tuple[str, str], str]] = {}
 
     def say(self, line: str) -> None:
         """Shows a line in the driver's terminal."""
@@ -106,21 +107,23 @@ class Worker:
         self._unreadable.update((one["shard"], one["key"]) for one in skipped)
         self._met += skipped
 
-    def check_readable(self, counts: Counter[str], read: int, num: int, manifest: Manifest) -> None:
-        """Adds what any rank could not read since this was asked last, and ends where that is too much; all ranks ask.
+    def check_readable(self, read: int, manifest: Manifest) -> None:
+        """Ends what reads images most of which are none; all ranks ask, and do the same.
+
+        Each image counts once: of few labels one comes again and again.
 
         Args:
-            counts: What was met before, by reason; changed.
-            read: Images read so far, since the counts began.
-            num: Images of an epoch.
-            manifest: Where they lie.
+            read: Images of this data read so far, by all ranks.
+            manifest: The data that was read since this was asked last.
 
         Raises:
             UnreadableError: More images cannot be read than ``data.max_unreadable`` allows.
         """
         mine, self._met = self._met, []
-        counts.update(one["reason"] for one in gathered(mine, self.device))
-        check_readable(counts, read, num, self.transfer.data.max_unreadable, manifest.location)
+        broken = self._broken.setdefault(manifest.location, {})
+        broken |= {(one["shard"], one["key"]): one["reason"] for one in gathered(mine, self.device)}
+        share, num = self.transfer.data.max_unreadable, manifest.num_samples
+        check_readable(Counter(broken.values()), min(read, num), num, share, manifest.location)
 
     def take_unreadable(self) -> list[tuple[str, str]]:
         """Shard and key of what could not be read by any rank since this was asked last; all ranks must ask."""

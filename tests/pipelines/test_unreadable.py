@@ -3,15 +3,12 @@
 import contextlib
 import json
 import re
-import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
 from pipelines.config import Config, defines_result
-from pipelines.data.index import read_index
 from pipelines.data.readers import read_images
 from pipelines.data.shards import load_manifest
 from pipelines.errors import USAGE_ERROR, UserError, run_command
@@ -24,24 +21,9 @@ from tests.pipelines.test_pretrain import arguments
 from tests.pipelines.test_pretrain import recipe as recipe
 from tests.pipelines.test_probing import Seen, configuration
 from tests.pipelines.test_probing import prober as prober
+from tests.stores import spoil
 
 CPU = torch.device("cpu")
-
-
-def spoil(shards: str, to: Path, keep: int = 0) -> str:
-    """A copy of shards all of whose images but the first ones are zeros, in files of the same size."""
-    shutil.copytree(shards, to)
-    manifest = load_manifest(str(to))
-    number = 0
-    for name in manifest.shard_names:
-        index, _ = read_index(Store(str(to)), name)
-        with (to / name).open("r+b") as file:
-            for offset, size in zip(index.offset_S.tolist(), index.size_S.tolist(), strict=True):
-                if number >= keep:
-                    file.seek(offset)
-                    file.write(bytes(size))
-                number += 1
-    return str(to)
 
 
 def ends(bad: int, read: int, num: int, share: float = 0.01, row: int = 0) -> bool:
