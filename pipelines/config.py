@@ -64,6 +64,8 @@ class Data(Section):
     """Views of an image from one decoding, each in another batch: saves decoding, makes neighbouring batches alike."""
     deadline_s: float = Field(default=300.0, gt=0)
     """How long a store may fail to give a range of a shard before the run stops."""
+    max_unreadable: float = Field(default=0.01, ge=0, le=1)
+    """Share of the images that may be unreadable; a run ends where it is more, or where 100 in a row are."""
     cpus_per_task: float = Field(default=0.66, gt=0)
     """CPUs that one reading and decoding task claims from Ray."""
 
@@ -308,7 +310,8 @@ def flat(section: pydantic.BaseModel, prefix: str = "") -> dict[str, Any]:
 # What decides the numbers that a run produces: all but where it runs, how often it tells and where things lie.
 _RESULT = ("run.seed", "run.init_from", "data.", "model.", "batch.global_size", "optim.", "train.")
 _NOT_RESULT = (
-    "data.train", "data.deadline_s", "data.cpus_per_task", "train.compile", "train.checkpoint_activations",
+    "data.train", "data.deadline_s", "data.max_unreadable", "data.cpus_per_task", "train.compile",
+    "train.checkpoint_activations",
 )  # fmt: skip
 # The keys that the first runs had. None is ever added: a younger key is left out of an identity where it has its
 # default, so that a run from before it stays the run that it was.
@@ -364,3 +367,22 @@ def total_steps(config: Config, num_samples: int) -> int:
     if steps < 1:
         raise UserError(f"train.epochs {config.train.epochs} of {num_samples} images are not one step")
     return steps
+
+
+def warmup_steps(config: Config, num_samples: int) -> int:
+    """Steps over which the learning rate rises, at most all of them."""
+    wanted = int(config.optim.warmup_epochs * num_samples / config.batch.global_size)
+    return min(wanted, total_steps(config, num_samples))
+
+
+def warmup_note(config: Config, num_samples: int) -> str:
+    """That a run is no longer than its warm-up, and the flag that mends it; empty where it is longer."""
+    steps = total_steps(config, num_samples)
+    if not config.optim.warmup_epochs or warmup_steps(config, num_samples) < steps:
+        return ""
+    epochs = steps * config.batch.global_size / num_samples
+    # The paper's own share: 40 of 800.
+    return (
+        f"optim.warmup_epochs {config.optim.warmup_epochs:g} is no shorter than the run, of {epochs:.3g} epochs: its "
+        f"learning rate rises to the end and never falls; set --optim.warmup-epochs {epochs / 20:.2g}"
+    )

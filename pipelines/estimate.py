@@ -18,13 +18,14 @@ import tyro
 from pydantic import Field
 
 from pipelines.cli import parse_with_file
-from pipelines.config import Config
+from pipelines.config import Config, warmup_note
 from pipelines.data.shards import load_manifest
 from pipelines.errors import UserError, run_command
 from pipelines.estimation import Estimate, Rates, Work, estimate, plan_work
 from pipelines.training import micro_size
 from pipelines.training.build import make_stream
 from pipelines.training.dry_run import StepRate, cpu_threads, measure_decoding, measure_step
+from pipelines.training.duration import DAYS_H, in_words, smaller
 
 PROG = "python -m pipelines.estimate"
 _UNKNOWN_ROWS = 64  # of a micro-batch that is left open where there is nothing to look for it on
@@ -72,7 +73,7 @@ def measure(args: Args, work: Work) -> tuple[StepRate | None, Rates]:
         config = micro_size.with_micro_size(args, rows)
     stream = make_stream(config, load_manifest(args.data.train), scale.workers)
     step = measure_step(config, stream.cut, device, threads=threads, seconds=args.seconds) if measured else None
-    decode = measure_decoding(stream, work.steps, seconds=args.seconds)
+    decode = measure_decoding(stream, work.steps, seconds=args.seconds, max_unreadable=args.data.max_unreadable)
     spare = cores / here - scale.cpus_per_worker
     # Of a machine without GPUs nothing follows for one with them; and one too small for a worker is not the run's.
     known = scale.gpu and torch.cuda.is_available() and spare * here >= args.data.cpus_per_task
@@ -94,13 +95,7 @@ def _flops(flops: float) -> str:
     return f"{flops / unit:,.4g} {name}FLOP"
 
 
-def _time(hours: float) -> str:
-    if hours >= 48:
-        return f"{hours:,.0f} h ({hours / 24:.1f} days)"
-    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-
-
-def work_lines(args: Args, work: Work) -> Iterator[tuple[str, str]]:
+def work_lines(args: Args, work: Work, num_samples: int) -> Iterator[tuple[str, str]]:
     """What the run does: lines of the table, each with what it is about."""
     flops, share = work.flops, work.flops.decoder / work.flops.forward
     encoder, decoder = work.encoder_parameters / 1e6, work.decoder_parameters / 1e6
@@ -108,12 +103,16 @@ def work_lines(args: Args, work: Work) -> Iterator[tuple[str, str]]:
     yield "checkpoint", f"{_size(work.checkpoint_bytes)}; {_size(work.kept_bytes)} for the {args.checkpoint.keep} kept"
     size = args.batch.global_size
     yield "images", f"{work.images:,} in {work.steps:,} steps of {size:,}: {work.epochs:.4g} epochs"
+    if note := warmup_note(args, num_samples):
+        yield "warm-up", note
     forward = f"{_flops(flops.forward)} forward, {share:.0%} of it in the decoder"
     yield "arithmetic", f"an image {forward}; {_flops(flops.training)} with the backward pass"
     yield "", f"all images {_flops(work.total_flops)}"
 
 
-def speed_lines(args: Args, step: StepRate | None, rates: Rates, found: Estimate | None) -> Iterator[tuple[str, str]]:
+def speed_lines(
+    args: Args, step: StepRate | None, rates: Rates, found: Estimate | None, num_samples: int
+) -> Iterator[tuple[str, str]]:
     """How fast it goes and what it takes: lines of the table, each with what it is about."""
     scale, decode = args.scale, rates.decode_images_per_s
     speed = f"{rates.step_images_per_s or 0:,.1f} images/s a worker"
@@ -142,7 +141,9 @@ def speed_lines(args: Args, step: StepRate | None, rates: Rates, found: Estimate
     alike = "s as fast as this one, if none waits for another" if scale.workers > 1 else ""
     total = f"{found.images_per_s:,.1f} images/s, {_flops(found.flops_per_s)}/s"
     yield "speed", f"{total}, on {scale.workers} worker{alike}"
-    yield "time", f"{_time(found.hours)}, without probes, starts and checkpoints"
+    yield "time", f"{in_words(found.hours)}, without probes, starts and checkpoints"
+    if not scale.gpu and found.hours >= DAYS_H:
+        yield "", smaller(args, found.hours, num_samples)
     if args.price_per_hour:
         yield "cost", f"{found.cost:,.2f}, each worker at {args.price_per_hour:g} an hour"
 
@@ -154,11 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"data.train is not given: name shards with --data.train DIR (see {PROG} --help)")
     if args.output and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--json {args.output}: there is no such folder")
-    work = plan_work(args, load_manifest(args.data.train).num_samples)
+    num_samples = load_manifest(args.data.train).num_samples
+    work = plan_work(args, num_samples)
     step, rates = measure(args, work)
     found = estimate(work, rates, workers=args.scale.workers, price_per_hour=args.price_per_hour)
     print(f"run '{args.run.name}', estimated:")
-    for title, text in (*work_lines(args, work), *speed_lines(args, step, rates, found)):
+    for title, text in (*work_lines(args, work, num_samples), *speed_lines(args, step, rates, found, num_samples)):
         print(f"  {title:15}{text}")
     if args.output:
         parts = {"work": work, "step": step, "rates": rates, "estimate": found}

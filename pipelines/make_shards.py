@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.cli import parse
 from pipelines.data.index import index_name, read_index
+from pipelines.data.next_step import next_step
 from pipelines.data.packing import Packing, PackingOptions, ShardPlan, group_shards, plan_packing, plan_splits
-from pipelines.data.shards import INFO, ONE_CLASS, STATE, Manifest, encode_info, file_sizes, read_classes
+from pipelines.data.shards import INFO, ONE_CLASS, STATE, Manifest, encode_info, file_sizes, load_manifest, read_classes
 from pipelines.data.sources import (
     Listing,
     Masks,
@@ -157,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for job in jobs:
         manifest, num_skipped = _finish(job.packing, job.store)
         _summarise(manifest, num_skipped, time.monotonic() - start)
-    print(_next_step([store.location for store in stores]))
+    if shares or args.split not in ("test", "val"):  # the next of these is another split
+        print(f"next: {next_step(load_manifest(stores[0].location), stores[-1].location if shares else '')}")
     return 0
 
 
@@ -427,12 +429,6 @@ def _summarise(manifest: Manifest, num_skipped: int, taken: float) -> None:
     print(line)
     if manifest.mask_classes == 1:
         print(f"the masks {ONE_CLASS}")
-
-
-def _next_step(locations: Sequence[str]) -> str:
-    """What to run next, where the source has become one split, or train and others."""
-    probe = f" --probe.train {locations[0]} --probe.test {locations[-1]}" if len(locations) > 1 else ""
-    return f"next: python -m pipelines.pretrain --data.train {locations[0]}{probe}"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import ray.train
 
 from pipelines import provenance
 from pipelines.cli import parse_with_file, to_toml
-from pipelines.config import Config, flat, identity, identity_hash, total_steps, younger_defaults
+from pipelines.config import Config, flat, identity, identity_hash, total_steps, warmup_note, younger_defaults
 from pipelines.console import Printer, make_console
 from pipelines.data.shards import Manifest, load_manifest, need_labels, need_same_classes
 from pipelines.errors import FAILED, USAGE_ERROR, UserError, run_command
@@ -248,6 +248,8 @@ def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: 
                 lines.append(f"  {title:22}{knn:>8.1f} %{linear:>14.1f} %")
     else:
         lines += [f"  {name} {value:.2f}" for name, value in scores.items()]
+    # Runs that ended before there were notes have none.
+    lines += [f"note: {note}" for note in result.get("notes", ())]
     if result["skipped"]:
         times = told(Counter(result["skipped"]))
         lines.append(f"could not be read: {times} (each is listed in {folder.path('skipped.jsonl')})")
@@ -289,6 +291,8 @@ def run(config: Config, images: Images, lease: Lease) -> int:
             f"of {config.batch.global_size} on {config.scale.workers} workers",
             flush=True,
         )
+        if note := warmup_note(config, train.num_samples):
+            print(f"warning: {note}", flush=True)
         console = make_console()
         printer = Printer(console)
         try:

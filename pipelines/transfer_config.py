@@ -68,6 +68,8 @@ class TransferData(Section):
     """Side of the central crop over the image's shorter side, for validation and test; 0: as in the run's probes."""
     deadline_s: float = Field(default=300.0, gt=0)
     """How long a store may fail to give a range of a shard before the transfer stops."""
+    max_unreadable: float = Field(default=0.01, ge=0, le=1)
+    """Share of the images that may be unreadable; a transfer ends where it is more."""
     cpus_per_task: float = Field(default=0.66, gt=0)
     """CPUs that one reading and decoding task claims from Ray."""
 

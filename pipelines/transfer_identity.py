@@ -11,7 +11,8 @@ from pipelines.transfer_config import CACHED, Transfer, TransferTrain, metric, r
 # result of its own.
 _NOT_RESULT: frozenset[str] = frozenset((
     "run", "weights", "storage", "sweep", "against_scratch", "seeds", "log_every", "checkpoint_minutes", "experiment",
-    "data.train", "data.test", "data.name", "data.num_classes", "data.deadline_s", "data.cpus_per_task",
+    "data.train", "data.test", "data.name", "data.num_classes", "data.deadline_s", "data.max_unreadable",
+    "data.cpus_per_task",
 ))  # fmt: skip
 _TRAIN = frozenset(f"train.{key}" for key in TransferTrain.model_fields)
 # Of protocol segment, whose masks must move with their images, under AdamW, on a frozen encoder.

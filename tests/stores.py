@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import http.server
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -23,6 +24,10 @@ from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
+
+from pipelines.data.index import read_index
+from pipelines.data.shards import load_manifest
+from pipelines.storage import Store
 
 _CHUNK = 64 << 10
 
@@ -357,3 +362,19 @@ def _answers(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def spoil(shards: str, to: Path, keep: int = 0) -> str:
+    """A copy of shards all of whose images but the first ones are zeros, in files of the same size."""
+    shutil.copytree(shards, to)
+    manifest = load_manifest(str(to))
+    number = 0
+    for name in manifest.shard_names:
+        index, _ = read_index(Store(str(to)), name)
+        with (to / name).open("r+b") as file:
+            for offset, size in zip(index.offset_S.tolist(), index.size_S.tolist(), strict=True):
+                if number >= keep:
+                    file.seek(offset)
+                    file.write(bytes(size))
+                number += 1
+    return str(to)

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from pipelines import provenance
 from pipelines.cli import parse_with_file
-from pipelines.config import Config, flat, identity, total_steps
+from pipelines.config import Config, flat, identity, total_steps, warmup_note
 from pipelines.errors import UserError, run_command
 from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
@@ -193,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ended = {name for name, trial in journal.trials.items() if trial.state in ("finished", "failed")}
     left = [cell for cell in ready.cells() if cell.name not in ended]
     print(f"{ready.title}: {len(ready.cells())} trainings, {len(left)} of them still to be done", flush=True)
+    if note := warmup_note(ready.config, ready.images.train.num_samples):
+        print(f"warning: {note}", flush=True)
     with ExitStack() as stack:
         if left:
             lease = stack.enter_context(hold(store, who))

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from pipelines import provenance
 from pipelines.cli import parse_with_file, to_toml
-from pipelines.config import Config, flat, identity, total_steps
+from pipelines.config import Config, flat, identity, total_steps, warmup_note
 from pipelines.errors import UserError, run_command
 from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
@@ -279,6 +279,8 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]
     known = f"; {len(journal.trials)} are known already" if journal.trials else ""
     print(f"search '{search.run.name}': {ready.planned} trials of {steps:,} steps, {room.concurrent} at once{known}",
           flush=True)  # fmt: skip
+    if note := warmup_note(config, ready.images.train.num_samples):
+        print(f"warning: {note}", flush=True)
     study = Study(
         Config.model_validate(values),
         ready.images,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
 from pipelines.reading import ReadPolicy
 from pipelines.training.step import Trainer, autocast
+from pipelines.training.unreadable import check_readable
 
 FIT_IMAGES = GRAIN
 _FIT_ROWS = 64
@@ -158,15 +160,20 @@ def fit_target(model: MaskedAutoencoder, stream: Stream, config: Config) -> None
         config: The run's configuration.
 
     Raises:
-        ValueError: None of the images can be read.
+        UnreadableError: None of the images can be read.
     """
     plan, num = stream.plan, min(FIT_IMAGES, stream.plan.num_samples)
     rows = min(num, _FIT_ROWS)
     some = Stream(stream.manifest, dataclasses.replace(plan, end=num), Cut(rows, rows, 1), stream.view, stream.policy)
 
+    skipped: Counter[str] = Counter()
+
     def patches() -> Iterator[torch.Tensor]:
         for table in read_blocks(some, [[[index]] for index in range(-(-num // rows))]):
             (batch,) = parse_block(table, some)
+            skipped.update(sample["reason"] for sample in batch.skipped)
+            if skipped.total() == num:
+                check_readable(skipped, num, plan.num_samples, config.data.max_unreadable, some.manifest.location)
             images_BHWC = torch.from_numpy(batch.images_BHWC[batch.weight_B > 0])
             yield model.patches(normalize(images_BHWC, config.data.mean, config.data.std)).flatten(0, 1)
 

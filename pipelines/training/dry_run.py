@@ -5,6 +5,7 @@ import itertools
 import resource
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from pipelines.data.readers import MicroBatch, Stream, parse_block, read_blocks
 from pipelines.errors import UserError
 from pipelines.training.build import build_model, compiler_told, make_trainer, maybe_compiled
 from pipelines.training.step import train_step
+from pipelines.training.unreadable import check_readable
 
 _READ_TASKS = 64  # of the run's first ones: more than anybody waits for
 
@@ -125,7 +127,7 @@ def _timed_steps(
     return turns, times
 
 
-def measure_decoding(stream: Stream, steps: int, *, seconds: float) -> float:
+def measure_decoding(stream: Stream, steps: int, *, seconds: float, max_unreadable: float = 1.0) -> float:
     """Images that one core reads, decodes and crops in a second, as the run's first reading tasks do it.
 
     Counted is this process's CPU time. Waiting for a store is none: other tasks use the core meanwhile.
@@ -134,9 +136,10 @@ def measure_decoding(stream: Stream, steps: int, *, seconds: float) -> float:
         stream: The run's images.
         steps: Steps of the run.
         seconds: How long to measure, after one block that is not counted; one block at least is.
+        max_unreadable: Share of the images that may be unreadable.
 
     Raises:
-        UserError: Images cannot be read, or none of those that were.
+        UserError: Images cannot be read, or more of them than the run would go on with.
     """
     layout = stream.layout
     first = next(layout.segments((0, steps), _READ_TASKS))
@@ -145,16 +148,18 @@ def measure_decoding(stream: Stream, steps: int, *, seconds: float) -> float:
         for task in layout.tasks(first):
             yield from read_blocks(stream, [layout.micro_batches(first, 0, block) for block in task])
 
-    images = 0
+    images, unreadable = 0, Counter[str]()
     with cpu_threads(1):
         for _ in itertools.islice(blocks(), 1):
             pass
         start, stop = time.process_time(), time.monotonic() + seconds
         for table in blocks():
-            images += sum(int((batch.weight_B > 0).sum()) for batch in parse_block(table, stream))
+            for batch in parse_block(table, stream):
+                images += int((batch.weight_B > 0).sum())
+                unreadable.update(sample["reason"] for sample in batch.skipped)
             if time.monotonic() > stop:
                 break
         spent = time.process_time() - start
-    if not images:
-        raise UserError(f"data.train: of the first images in {stream.manifest.location} none can be read")
+    manifest = stream.manifest
+    check_readable(unreadable, images + unreadable.total(), manifest.num_samples, max_unreadable, manifest.location)
     return images / spent

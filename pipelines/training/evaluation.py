@@ -1,7 +1,8 @@
 """What stands between the steps of a pretraining run: probes, pictures, and a verdict on the scores."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import ray
 from ray.train.collective import broadcast_from_rank_zero
@@ -14,7 +15,7 @@ from pipelines.training.job import Job
 from pipelines.training.pictures import save_reconstructions
 from pipelines.training.probing import Prober
 from pipelines.training.runfolder import RunFolder
-from pipelines.training.unreadable import Unreadable, told
+from pipelines.training.unreadable import Unreadable, UnreadableError, told
 
 
 class Evaluation:
@@ -47,7 +48,8 @@ class Evaluation:
 
     def hold(self) -> bool:
         """Keeps what is looked at on the way, where it is small; then the probes read nothing. All ranks call it."""
-        return self._prober.hold(*self._prober.looked_at(self._job.probe_train, self._job.train))
+        with self._left_out(0):
+            return self._prober.hold(*self._prober.looked_at(self._job.probe_train, self._job.train))
 
     def on_the_way(self, done: int, when_read: Callable[[], None]) -> bool:
         """Scores the features on held-out training labels and draws reconstructions; all ranks call it.
@@ -61,7 +63,8 @@ class Evaluation:
         """
         start = time.perf_counter()
         self._model.eval()
-        scores = self._prober.validate(self._model, self._job.probe_train, self._job.train, when_read)
+        with self._left_out(done):
+            scores = self._prober.validate(self._model, self._job.probe_train, self._job.train, when_read)
         self._model.train()
         self._tell_left_out(done)
         if self._spool:
@@ -78,14 +81,15 @@ class Evaluation:
         """
         job = self._job
         self._model.eval()
-        if job.probe_train and job.probe_test:
-            models = {"test/": self._model}
-            if job.config.probe.random_baseline:
-                device = next(self._model.parameters()).device
-                models["test/random_"] = build_model(job.config).to(device).eval()
-            scores = self._prober.test(models, job.probe_train, job.probe_test)
-        else:
-            scores = self._prober.validate(self._model, job.probe_train, job.train, last=True)
+        with self._left_out(self._steps):
+            if job.probe_train and job.probe_test:
+                models = {"test/": self._model}
+                if job.config.probe.random_baseline:
+                    device = next(self._model.parameters()).device
+                    models["test/random_"] = build_model(job.config).to(device).eval()
+                scores = self._prober.test(models, job.probe_train, job.probe_test)
+            else:
+                scores = self._prober.validate(self._model, job.probe_train, job.train, last=True)
         self._tell_left_out(self._steps)
         self._draw(self._steps)
         if self._spool:
@@ -105,6 +109,15 @@ class Evaluation:
                 time.sleep(0.05)
             goes_on = verdict
         return bool(broadcast_from_rank_zero(goes_on))
+
+    @contextlib.contextmanager
+    def _left_out(self, done: int) -> Iterator[None]:
+        """Around a probe: lists what it could not read also where that is what ends it, on all ranks together."""
+        try:
+            yield
+        except UnreadableError:
+            self._tell_left_out(done)
+            raise
 
     def _tell_left_out(self, done: int) -> None:
         skipped, self._prober.skipped = self._prober.skipped, []

@@ -19,7 +19,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.optim import lr_at, make_optimizer, peak_lr
-from pipelines.config import identity, identity_hash, total_steps
+from pipelines.config import identity, identity_hash, total_steps, warmup_steps
 from pipelines.data.feed import Feed, join_crew
 from pipelines.data.readers import MicroBatch
 from pipelines.errors import DIVERGED, FAILED, USAGE_ERROR, UserError
@@ -40,12 +40,14 @@ from pipelines.training.evaluation import Evaluation
 from pipelines.training.exporting import ExportedSpool
 from pipelines.training.guard import BAD_STEPS_IN_A_ROW, Guard
 from pipelines.training.job import GoBackError, Job
+from pipelines.training.outcome import notes, read_record
 from pipelines.training.probing import Prober
 from pipelines.training.profiling import BEFORE, PROFILE, Profile
 from pipelines.training.progress import Progress
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import Trainer, autocast, train_step
-from pipelines.training.unreadable import Unreadable
+from pipelines.training.unreadable import FILE as UNREADABLE
+from pipelines.training.unreadable import Unreadable, UnreadableError
 from pipelines.training.writer import Writer
 
 # A disk that is full or closed stays so: starting again is of no use.
@@ -150,7 +152,8 @@ class _Worker:
         self.progress = Progress(
             config, self.model, self.steps, job.train.num_samples, self.unreadable, self.device, self.spool, self.say
         )
-        prober = Prober(config, self.crew, self.device, self.autocast)
+        listed = self.store.path(UNREADABLE)
+        prober = Prober(config, self.crew, self.device, self.autocast, config.data.max_unreadable, listed)
         self.evaluation = Evaluation(
             job, self.steps, self.model, prober, self.unreadable, self.spool, self.folder, self.say
         )
@@ -224,7 +227,7 @@ class _Worker:
         per_epoch = self.job.train.num_samples / config.batch.global_size
         schedule = {
             "peak": peak_lr(config.optim.base_lr, config.batch.global_size),
-            "warmup_steps": min(int(config.optim.warmup_epochs * per_epoch), self.steps),
+            "warmup_steps": warmup_steps(config, self.job.train.num_samples),
             "total_steps": self.steps,
         }
         save_every = config.checkpoint.every_steps
@@ -246,19 +249,23 @@ class _Worker:
         self.last_save = time.perf_counter()
         if self.folder and config.log.profile:
             self.profile = Profile(self.folder.path / PROFILE, self.device)
-        self.progress.begin()
+        self.progress.begin(start)
         for step in range(start, self.steps):
             lr = lr_at(step, **schedule)
             window.append(train_step(trainer, batches, lr, self.guard.wish()))
             self.guard.heed(step, window[-1])
             done = step + 1
+            self.progress.step(done)
             if self.profile:
                 self._keep(self.profile.step())
             leaving = self.guard.node_goes()
             stops = done < self.steps and (self.guard.stop or bool(leaving))
             save_now = done == self.steps or (save_every and done % save_every == 0)
             save_now = save_now or stops or (self.job.judged and done in probes)
-            if log_now := save_now or done % config.log.every == 0:
+            log_now = save_now or done % config.log.every == 0
+            if log_now or done == start + 1:
+                self._check_readable(done, trainer)
+            if log_now:
                 self.guard.catch_up()
                 window_S4 = torch.stack(window)
                 window = []
@@ -308,6 +315,25 @@ class _Worker:
         if node:
             raise GoBackError(f"{node}: going on elsewhere from step {done}")
         return "STOPPED"
+
+    def _check_readable(self, done: int, trainer: Trainer) -> None:
+        """Ends a run on images most of which are none; all ranks call it, know the same, and so do the same.
+
+        Raises:
+            UnreadableError: More images cannot be read than ``data.max_unreadable`` allows.
+        """
+        self.progress.collect(done, trainer)
+        cut, plan, train = self.stream.cut, self.stream.plan, self.job.train
+        read = -(-done // cut.repeats) * cut.global_size
+        read = read if plan.end is None else min(read, plan.end)
+        share, listed = self.config.data.max_unreadable, self.store.path(UNREADABLE)
+        try:
+            self.unreadable.check(read, train.num_samples, share, train.location, listed)
+        except UnreadableError:
+            self.writer.wait()
+            self.progress.let_go()
+            self.progress.flush()
+            raise
 
     def _go_back(self) -> None:
         """Writes down a row of bad steps, and begins again at the last checkpoint; all ranks call it.
@@ -448,14 +474,18 @@ class _Worker:
         self.progress.flush()
         scores = self.evaluation.at_the_end()
         if self.spool and self.folder:
+            said = notes(self.config, self.job.train.num_samples, scores, *read_record(self.folder.path))
             result = {
                 "step": self.steps,
                 "identity": identity_hash(identity(self.config, self.job.train.digest)),
                 "scores": scores,
                 "skipped": dict(self.unreadable.counts),
+                "notes": said,
                 "tracking_s": self.progress.tracking(),
             }
             self.folder.write("result.json", json.dumps(result, indent=2))
+            if said:
+                self.spool.tags({"mae.notes": "; ".join(said)})
             for name in ("config.json", "result.json", "skipped.jsonl"):
                 if (self.folder.path / name).exists():
                     self.spool.artifact(name)

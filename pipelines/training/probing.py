@@ -1,5 +1,6 @@
 """What the features are worth, measured by all workers of a run together: each encodes a share, rank 0 scores."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from pipelines.data.readers import Stream, View
 from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
 from pipelines.reading import ReadPolicy
+from pipelines.training.unreadable import check_readable, gathered
 
 UNLABELLED_IMAGES = 2048  # enough for the effective rank of features up to that width
 
@@ -96,12 +98,16 @@ class Prober:
         crew: The workers.
         device: Where this worker computes.
         autocast: Gives the context in which the encoder runs.
+        max_unreadable: Share of the images that may be unreadable.
+        listed: The file that lists those that are; empty: none.
     """
 
     config: Config
     crew: Crew
     device: torch.device
     autocast: Callable[[], torch.autocast]
+    max_unreadable: float = 1.0
+    listed: str = ""
     skipped: list[dict[str, str]] = field(default_factory=list)
     """Images that could not be read, collected until somebody takes them."""
     _held: dict[str, _Held] = field(default_factory=dict, init=False)
@@ -115,6 +121,9 @@ class Prober:
 
         Returns:
             Whether they are kept, the same on all workers: then ``extract`` reads nothing.
+
+        Raises:
+            UnreadableError: As ``extract``.
         """
         height, width = self.config.data.image_size
         num = min(limit or manifest.num_samples, manifest.num_samples)
@@ -146,7 +155,7 @@ class Prober:
             yield replace(batch, sample_B=np.where(position_B < num, batch.sample_B, FILLER))
 
     def _read(self, manifest: Manifest, limit: int) -> Iterator["_Images"]:
-        """As ``_images``, read; all workers have as many batches."""
+        """As ``_images``, read; all workers have as many batches, and raise together."""
         crew, rows = self.crew, self.config.batch.micro_size
         num = min(limit or manifest.num_samples, manifest.num_samples)
         stream = Stream(
@@ -157,8 +166,9 @@ class Prober:
             ReadPolicy(deadline_s=self.config.data.deadline_s),
         )
         steps = -(-num // stream.cut.global_size)
+        fresh: list[dict[str, str]] = []
         for batch in Feed(stream, (0, steps), crew=crew, num_tasks=self.config.scale.segment_tasks):
-            self.skipped += batch.skipped
+            fresh += batch.skipped
             # Copies: what arrives lies in the object store, and keeps its block there.
             yield _Images(
                 torch.from_numpy(batch.images_BHWC.copy()),
@@ -166,6 +176,9 @@ class Prober:
                 # An image that could not be read is left out like filler.
                 np.where(batch.weight_B > 0, batch.sample_B, FILLER),
             )
+        self.skipped += fresh
+        counts = Counter(sample["reason"] for sample in gathered(fresh, self.device))
+        check_readable(counts, num, manifest.num_samples, self.max_unreadable, manifest.location, listed=self.listed)
 
     @torch.inference_mode()
     def extract(
@@ -182,6 +195,9 @@ class Prober:
             manifest: The data.
             limit: Take that many images, spread over the data set; 0: all.
             when_read: Called on every worker when nothing is being read any more.
+
+        Raises:
+            UnreadableError: More of the images cannot be read than may be.
         """
         config, crew, rows = self.config, self.crew, self.config.batch.micro_size
         num = min(limit or manifest.num_samples, manifest.num_samples)

@@ -4,6 +4,7 @@ import functools
 import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from mae_core.flops import step_flops
 from mae_core.model import MaskedAutoencoder
 from pipelines.config import Config
 from pipelines.spool import Spool
+from pipelines.training.duration import Duration
 from pipelines.training.recorder import Recorder
 from pipelines.training.step import Trainer, precision
 from pipelines.training.unreadable import Unreadable, over_ranks, told
@@ -49,18 +51,34 @@ class Progress:
         self._flops = step_flops(model).training
         # Of all devices, each with the threads that it has here and busy at the same time.
         self._full_rate = over_ranks(matrix_rate(device, precision(config.train.precision, device)), device)
+        on_cpus = device.type == "cpu"
+        self._duration = Duration(config, model, steps, num_samples, self._full_rate, on_cpus)
         self._began = 0.0
+        self._peak = PeakMemory(device)
         self._recorder = Recorder(say, 60 * config.checkpoint.patience_minutes)
         self._tracking_s: list[float] = []
         self._held: list[tuple[int, dict[str, float]]] = []
 
-    def begin(self) -> None:
-        """A window begins."""
+    def begin(self, start: int) -> None:
+        """The steps begin, after those that are done already; says how long they will take at least."""
         self._began = time.perf_counter()
+        for line in self._duration.begin(start, self._began):
+            self._say(line)
+
+    def step(self, done: int) -> None:
+        """Takes in that a step is done; says once how long the rest will take."""
+        for line in self._duration.step(done, time.perf_counter()):
+            self._recorder.do(functools.partial(self._say, line))
 
     def leave_out(self, seconds: float) -> None:
         """Takes what was no step out of the window's time."""
         self._began += seconds
+        self._duration.leave_out(seconds)
+
+    def collect(self, done: int, trainer: Trainer) -> None:
+        """Counts and lists what the steps since the last time could not read; all ranks call it."""
+        fresh, trainer.skipped = trainer.skipped, []
+        self._unreadable.counts += self._unreadable.collect(fresh, done)
 
     def tell(
         self, done: int, lr: float, window_S4: torch.Tensor, trainer: Trainer, *, guard_s: float, hold: bool
@@ -77,8 +95,6 @@ class Progress:
                 yet, since a point is written once.
         """
         elapsed = time.perf_counter() - self._began
-        fresh, trainer.skipped = trainer.skipped, []
-        self._unreadable.counts += self._unreadable.collect(fresh, done)
         unreadable = self._unreadable.counts
         # A step that was skipped has no loss worth a mean, and says so by its own count.
         good_S4 = window_S4[window_S4[:, 2] == 0]
@@ -91,7 +107,7 @@ class Progress:
         images_per_s = steps * self._config.batch.global_size / elapsed
         flops_per_s = images_per_s * self._flops
         mfu = flops_per_s / self._full_rate
-        peak_mib = peak_memory_mib(self._device)
+        peak_mib = self._peak.mib()
         other = max(0.0, elapsed / steps - sum(split.values()))
         if self._spool:
             samples_seen = done * self._config.batch.global_size
@@ -133,7 +149,7 @@ class Progress:
                 self.let_go()
             self._recorder.do(functools.partial(self._say, line))
             self._tracking_s.append(time.perf_counter() - began)
-        self.begin()
+        self._began = time.perf_counter()
 
     def let_go(self) -> None:
         """Hands over the points that were kept back."""
@@ -158,11 +174,36 @@ class Progress:
         return {"points": len(self._tracking_s), "p50": p50, "p99": p99, "max": most}
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """The most memory so far: on a GPU what PyTorch has allocated there, else what the process has had resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class PeakMemory:
+    """The most memory so far: on a GPU what PyTorch has allocated there, else what the process had to itself.
+
+    Pages of Ray's object store count as resident in each process that has looked at them, and stay so: a worker's share
+    of them rises by a batch with every batch, up to the whole store, which is there once for all and is not its own.
+
+    Args:
+        device: Where the steps compute.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._most = device, 0.0
+
+    def mib(self) -> float:
+        """That of all time up to now; between two calls the shared pages count as at the second."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**20
+        peak, shared = _resident_mib()
+        self._most = max(self._most, peak - shared)
+        return self._most
+
+
+def _resident_mib() -> tuple[float, float]:
+    """The most that this process has had resident, and what of its memory is shared now."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except FileNotFoundError:  # no Linux: nothing tells the shared pages apart
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 0.0
+    kib = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if "kB" in value}
+    return kib["VmHWM"] / 1024, kib["RssShmem"] / 1024
 
 
 def clock(seconds: float) -> str:

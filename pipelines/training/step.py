@@ -4,7 +4,9 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_core.images import normalize
 from mae_core.masking import Masking
 from mae_core.optim import set_lr
-from pipelines.data.plan import Cut
+from pipelines.data.plan import FILLER, Cut
 from pipelines.data.readers import MicroBatch
 from pipelines.training.clock import StepClock
 from pipelines.training.upload import Upload
@@ -58,8 +60,8 @@ class Trainer:
     autocast: Callable[[], torch.autocast]
     wait_s: float = 0.0
     """Seconds spent waiting for data, summed up until somebody sets it back."""
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    """Samples that could not be read, collected until somebody takes them."""
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    """Samples that could not be read, with their positions in the plan, collected until somebody takes them."""
     upload: Upload = field(init=False)
     """Brings micro-batches to the device."""
     clock: StepClock = field(init=False)
@@ -74,11 +76,19 @@ class Trainer:
         start = time.perf_counter()
         batch = next(batches)
         self.wait_s += time.perf_counter() - start
-        self.skipped += batch.skipped
+        if batch.skipped:
+            self.skipped += _placed(batch, self.cut)
         there = self.upload(batch)
         self.clock.mark("data")
         images_BCHW = normalize(there.images_BHWC, self.mean_C, self.std_C)
         return images_BCHW, self.masking.noise(there.keys_B), there.weight_B
+
+
+def _placed(batch: MicroBatch, cut: Cut) -> list[dict[str, Any]]:
+    """The samples of a micro-batch that could not be read, each with its position in the plan."""
+    start, _ = cut.positions(batch.index)
+    rows = np.flatnonzero((batch.weight_B == 0) & (batch.sample_B != FILLER)).tolist()
+    return [{**sample, "position": start + row} for row, sample in zip(rows, batch.skipped, strict=True)]
 
 
 def train_step(trainer: Trainer, batches: Iterator[MicroBatch], lr: float, wish: int = 0) -> torch.Tensor:

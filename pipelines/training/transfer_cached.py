@@ -31,7 +31,8 @@ def score_cached(worker: Worker) -> None:
     values["probe"]["crop_share"] = worker.crop_share
     values["data"]["image_size"] = worker.image_size
     values["batch"]["micro_size"] = transfer.train.micro_size
-    prober = Prober(Config.model_validate(values), worker.crew, worker.device, worker.autocast)
+    limit = transfer.data.max_unreadable
+    prober = Prober(Config.model_validate(values), worker.crew, worker.device, worker.autocast, limit)
     began = time.perf_counter()
     share = transfer.visible[0]
     # All images are read once, for all that look at them.

@@ -222,7 +222,10 @@ class Learning:
             if state.average:
                 state.average.update_parameters(model)
             now, done = time.perf_counter(), step + 1
-            if done % transfer.log_every == 0 or done == steps:
+            logs = done % transfer.log_every == 0 or done == steps
+            if logs or done == start + 1:
+                worker.check_readable((done - start) * cut.global_size, worker.job.train)
+            if logs:
                 rate = len(losses) * cut.global_size / (now - shown)
                 self._log(training, done, steps, torch.stack(losses).mean().item(), rate)
                 losses, shown = [], now
@@ -295,6 +298,7 @@ class Learning:
         for batch in Feed(stream, (0, -(-num // cut.global_size)), crew=worker.crew):
             counts_CC += self.task.confusion(model, batch)
             worker.left_out(batch.skipped)
+        worker.check_readable(num, manifest)
         if worker.world_size > 1:
             on_device = counts_CC.to(worker.device)
             dist.all_reduce(on_device)

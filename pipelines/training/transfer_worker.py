@@ -1,5 +1,6 @@
 """What the workers of a transfer have in common: their place, the images, the record."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipelines.tracking import start_follower
 from pipelines.training.build import build_model
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import autocast
+from pipelines.training.unreadable import check_readable, gathered
 from pipelines.transfer_config import Transfer
 
 SPLIT_SEED = 0  # the validation split is the same for all seeds and protocols
@@ -81,6 +83,8 @@ class Worker:
         learn, self.val_ids = split_indices(job.train.num_samples, self.transfer.data.val_share, seed=SPLIT_SEED)
         self.learn_ids = np.sort(learn)
         self._unreadable: set[tuple[str, str]] = set()
+        self._met: list[dict[str, str]] = []
+        self._broken: dict[str, dict[tuple[str, str], str]] = {}
 
     def say(self, line: str) -> None:
         """Shows a line in the driver's terminal."""
@@ -101,6 +105,25 @@ class Worker:
     def left_out(self, skipped: list[dict[str, str]]) -> None:
         """Notes images that could not be read, each once."""
         self._unreadable.update((one["shard"], one["key"]) for one in skipped)
+        self._met += skipped
+
+    def check_readable(self, read: int, manifest: Manifest) -> None:
+        """Ends what reads images most of which are none; all ranks ask, and do the same.
+
+        Each image counts once: of few labels one comes again and again.
+
+        Args:
+            read: Images of this data read so far, by all ranks.
+            manifest: The data that was read since this was asked last.
+
+        Raises:
+            UnreadableError: More images cannot be read than ``data.max_unreadable`` allows.
+        """
+        mine, self._met = self._met, []
+        broken = self._broken.setdefault(manifest.location, {})
+        broken |= {(one["shard"], one["key"]): one["reason"] for one in gathered(mine, self.device)}
+        share, num = self.transfer.data.max_unreadable, manifest.num_samples
+        check_readable(Counter(broken.values()), min(read, num), num, share, manifest.location)
 
     def take_unreadable(self) -> list[tuple[str, str]]:
         """Shard and key of what could not be read by any rank since this was asked last; all ranks must ask."""

@@ -155,6 +155,13 @@ def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
     # 300 images in batches of 40, a probe every 2 epochs: at the start, after 15 steps, and at the end
     assert sum("probe/knn_top1" in values for values in points(folder).values()) == 3
 
+    # how long it takes, by arithmetic and by the first steps; and what it has not come to
+    assert re.search(r"this will take [\d.]+ min at least: [\d.e-]+ TFLOP, at the [\d.e-]+ TFLOP/s", out)
+    assert len(re.findall(r"about [\d.]+ min left, by the first steps: [\d,.e+]+ images/s", out)) == 1
+    worse = any(scores[f"test/{name}"] <= scores[f"test/random_{name}"] for name in ("knn_top1", "linear_top1"))
+    assert any("do not beat the random encoder" in note for note in result["notes"]) == worse
+    assert [line[6:] for line in out.splitlines() if line.startswith("note: ")] == result["notes"]
+
     # the broken image: weight 0, counted at each of its four visits, listed once
     skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     assert [line["key"] for line in skipped] == ["class1_0001"]
@@ -212,6 +219,8 @@ def check_record(folder):
     assert run.data.params["model.mask_ratio"] == "0.75"
     assert run.data.tags["data.digest"] == record["tags"]["data.digest"]
     assert "git.commit" in run.data.tags
+    notes = json.loads((folder / "result.json").read_text())["notes"]
+    assert run.data.tags.get("mae.notes", "") == "; ".join(notes)
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert [point.step for point in history] == list(range(1, 31))
     assert run.inputs is not None

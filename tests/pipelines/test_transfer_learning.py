@@ -87,6 +87,9 @@ class Worker:
     def left_out(self, skipped: list[dict[str, str]]) -> None:
         assert not skipped
 
+    def check_readable(self, *_: Any) -> None:
+        pass
+
     def take_unreadable(self) -> list[tuple[str, str]]:
         return []
 
