@@ -20,7 +20,7 @@ from pydantic import Field
 
 from mae_core.weights import load_weights
 from pipelines.cli import parse
-from pipelines.config import SEED_LIMIT, Data, Section
+from pipelines.config import SEED_LIMIT, Data, Section, also
 from pipelines.data.lookup import Samples, find_keys, key_of, read_samples
 from pipelines.data.plan import Plan
 from pipelines.data.readers import View
@@ -54,13 +54,13 @@ class Reconstruct(Section):
     MLflow.
     """
 
-    run: str = ""
+    run: Annotated[str, also("--run.name")] = ""
     """The pretraining run to look into: its newest whole checkpoint."""
-    storage: str = "runs"
+    storage: Annotated[str, also("--run.storage")] = "runs"
     """The folder or address that holds the runs."""
     weights: str = ""
     """Instead of a run: an MAE checkpoint (.pth, .safetensors), or an encoder alone, which cannot reconstruct."""
-    data: str = ""
+    data: Annotated[str, also("--data.train")] = ""
     """Shards that the images come from; empty: those that the run was trained on."""
     out: str = ""
     """Where the pictures go; empty: looking/ in the run's folder, or here for --weights."""
