@@ -17,6 +17,7 @@ from torch import nn
 from mae_core.decoders import make_decoder_blocks
 from mae_core.layers import linear, use_fast_layers
 from mae_core.masking import Masking, random_masking, take
+from mae_core.names import check_patches
 from mae_core.plain_vit import plain_vit, sincos_table
 from mae_core.targets import make_target, patchify
 
@@ -134,10 +135,7 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(f"{class_tokens} class tokens: choose at least 1")
         if loss_on not in ("masked", "all"):
             raise ValueError(f"loss on '{loss_on}' patches: choose masked or all")
-        if self.patch_size < 1 or min(H, W) < 1 or H % self.patch_size or W % self.patch_size:
-            raise ValueError(
-                f"image size {H}x{W} is not divisible by the patch size {self.patch_size}: change one of them"
-            )
+        check_patches((H, W), self.patch_size)
         _check_heads("encoder", self.width, self.num_heads)
         _check_heads("decoder", decoder_width, decoder_heads)
         self.grid_size = (H // self.patch_size, W // self.patch_size)

@@ -1,6 +1,5 @@
 """The encoder's architecture: which of timm's Vision Transformers are plain ones, and their fixed positions."""
 
-import difflib
 from typing import Any
 
 import timm
@@ -9,8 +8,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from mae_core.layers import is_plain_attention, is_plain_mlp
-
-_EXAMPLES = ", ".join(f"vit_{size}" for size in ("tiny_patch16_224", "small_patch16_224", "base_patch16_224"))
+from mae_core.names import EXAMPLES, check_name
 
 
 def sincos_table(grid_size: tuple[int, int], width: int, class_tokens: int = 1) -> torch.Tensor:
@@ -61,16 +59,12 @@ def plain_vit(arch: str) -> Any:
     Raises:
         ValueError: timm does not know it, or it is no plain ViT.
     """
-    names = timm.list_models(module="vision_transformer")
-    if arch not in names:
-        near = difflib.get_close_matches(arch.split(".")[0], names, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"use for example {_EXAMPLES}"
-        raise ValueError(f"arch '{arch}' is no Vision Transformer of timm: {hint}")
+    check_name(arch, timm.list_models(module="vision_transformer"))
     with torch.device("meta"):
         vit = timm.create_model(arch, pretrained=False, num_classes=0)
     if not _is_plain(vit):
         raise ValueError(
             f"arch '{arch}' is no plain ViT (class token, no registers, pre-norm, layer scale or average "
-            f"pooling): use for example {_EXAMPLES}, and set width, depth and heads"
+            f"pooling): use for example {EXAMPLES}, and set width, depth and heads"
         )
     return vit

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import io
 import json
+import math
 import re
 import sys
 import tomllib
@@ -13,10 +14,13 @@ from typing import Any, TypeVar
 
 import pydantic
 import tyro
+from pydantic.fields import FieldInfo
 
 from pipelines.errors import UserError
 
 T = TypeVar("T", bound=pydantic.BaseModel)
+
+_YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 _BOX = re.compile(r"[╭╮╰╯│─]+")
 # What tyro says when a schema refuses: "Error parsing model: 1 validation error for Model mask_ratio Input ..."
@@ -83,29 +87,82 @@ def parse(schema: type[T], *, prog: str, argv: Sequence[str] | None = None, defa
         line = _one_line(told.getvalue())
         if refused := _REFUSED.match(line):
             line = _refusal(schema, refused)
-        if line.startswith("Unrecognized options") and (near := _near_flags(schema, arguments)):
-            line += f"; did you mean {near}?"
+        if line.startswith("Unrecognized options"):
+            if switch := _switch(schema, arguments):
+                line = switch
+            elif near := _near_flags(schema, arguments):
+                line += f"; did you mean {near}?"
         raise UserError(f"{line} (see {prog} --help)") from None
 
 
-def flag_names(schema: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
-    """The dotted names of a schema's leaves: file key, flag, Tune key and MLflow parameter alike."""
+def _leaves(schema: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in schema.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
-            yield from flag_names(kind, f"{prefix}{name}.")
+            yield from _leaves(kind, f"{prefix}{name}.")
         else:
-            yield prefix + name
+            yield prefix + name, field
+
+
+def flag_names(schema: type[pydantic.BaseModel]) -> Iterator[str]:
+    """The dotted names of a schema's leaves: file key, flag, Tune key and MLflow parameter alike."""
+    return (name for name, _ in _leaves(schema))
+
+
+def _spellings(name: str, field: FieldInfo) -> list[str]:
+    """All that a leaf is called as a flag, with its dashes, its own name first."""
+    own, others = name, []
+    for told in field.metadata:
+        own = prefixed(name, told.name) if getattr(told, "name", None) else own
+        others += getattr(told, "aliases", None) or ()
+    return [f"--{own.replace('_', '-')}", *others]
+
+
+def prefixed(name: str, other: str) -> str:
+    """Another name for a leaf, in its section."""
+    return ".".join([*name.split(".")[:-1], other])
+
+
+def _off(flag: str) -> str:
+    """How a switch is turned off: --probe.at-start by --probe.no-at-start."""
+    section, dot, name = flag.removeprefix("--").rpartition(".")
+    return f"--{section}{dot}no-{name}"
+
+
+def _switch(schema: type[pydantic.BaseModel], arguments: list[str]) -> str:
+    """What to write in place of a switch that was given a value, or a ``no`` at the wrong place; else empty."""
+    switches = {
+        spelling: names[0]
+        for name, field in _leaves(schema)
+        if field.annotation is bool
+        for names in [_spellings(name, field)]
+        for spelling in names
+    }
+    turned_off = {_off(flag): flag for flag in switches}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.replace("_", "-").partition("=")
+        value = (value if equals else following).lower()
+        if flag.startswith("--no-") and flag not in turned_off and (own := switches.get(f"--{flag[5:]}")):
+            return f"Unrecognized options: {flag}; did you mean {_off(own)}?"
+        positive = turned_off.get(flag, flag)
+        if positive in switches and value in _YES | _NO:
+            on = (value in _YES) == (flag == positive)
+            own = switches[positive]
+            return f"{flag} is a switch and takes no value, found '{value}': write {own if on else _off(own)}"
+    return ""
 
 
 def _near_flags(schema: type[pydantic.BaseModel], arguments: list[str]) -> str:
-    known = {name.replace("_", "-"): name for name in flag_names(schema)}
+    known = [flag for name, field in _leaves(schema) for flag in _spellings(name, field)]
+    known += [
+        _off(flag) for name, field in _leaves(schema) if field.annotation is bool for flag in _spellings(name, field)
+    ]
     for argument in arguments:
-        flag = argument.removeprefix("--").split("=")[0].replace("_", "-")
+        flag = argument.split("=")[0].replace("_", "-")
         if argument.startswith("--") and flag not in known:
             near = difflib.get_close_matches(flag, known, n=2, cutoff=0.6)
             if near:
-                return " or ".join(f"--{name}" for name in near)
+                return " or ".join(near)
     return ""
 
 
@@ -172,12 +229,24 @@ def parse_with_file(schema: type[T], *, prog: str, argv: Sequence[str] | None = 
     return parse(schema, prog=prog, argv=arguments, default=default)
 
 
+def _toml_value(value: Any) -> str:
+    # JSON's strings, finite numbers, booleans and arrays are TOML's.
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else json.dumps(value)
+
+
 def to_toml(config: pydantic.BaseModel, title: str) -> str:
-    """A configuration of sections as a file that ``--config`` takes, under a comment."""
+    """A configuration as a file that ``--config`` takes, under a comment: its own keys, then its sections."""
+    sections = {
+        name: value
+        for name in type(config).model_fields
+        if isinstance(value := getattr(config, name), pydantic.BaseModel)
+    }
+    own = {key: value for key, value in config.model_dump().items() if key not in sections}
     lines = [f"# {title}"]
-    for name in type(config).model_fields:
-        lines.append(f"\n[{name}]")
-        for key, value in getattr(config, name).model_dump().items():
-            # JSON's strings, numbers, booleans and arrays are TOML's.
-            lines.append(f"{key} = {json.dumps(value)}")
+    if own:
+        lines += ["", *(f"{key} = {_toml_value(value)}" for key, value in own.items())]
+    for name, section in sections.items():
+        lines += [f"\n[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in section.model_dump().items())]
     return "\n".join(lines) + "\n"

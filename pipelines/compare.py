@@ -29,6 +29,7 @@ from pipelines.comparison import (
     shown,
     thin,
 )
+from pipelines.config import also
 from pipelines.errors import UserError, run_command
 from pipelines.storage import Store, absolute
 
@@ -51,7 +52,7 @@ class Args(pydantic.BaseModel):
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Names of the runs; one is enough."""
-    storage: str = "runs"
+    storage: Annotated[str, also("--run.storage")] = "runs"
     """Folder or s3:// address that holds the runs."""
     out: str = "compare.html"
     """The page."""

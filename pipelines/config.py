@@ -17,6 +17,37 @@ from pipelines.errors import UserError
 SEED_LIMIT = 2**31
 
 
+def also(*flags: str) -> Any:
+    """Other spellings of a key's flag, for ``Annotated``: one thing is spelt alike in all commands."""
+    return tyro.conf.arg(aliases=flags)
+
+
+def _square(size: Any) -> Any:
+    if isinstance(size, int):
+        return size, size
+    return (*size, *size) if isinstance(size, list | tuple) and len(size) == 1 else size
+
+
+def _read_size(words: list[str]) -> tuple[int, int]:
+    if len(words) not in (1, 2) or not all(word.isdecimal() for word in words):
+        raise ValueError(f"takes one number (a square) or two (height and width), found {' '.join(words) or 'none'}")
+    return int(words[0]), int(words[-1])
+
+
+ImageSize = Annotated[
+    tuple[int, int],
+    pydantic.BeforeValidator(_square),
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="INT [INT]",
+        instance_from_str=_read_size,
+        is_instance=lambda value: isinstance(value, tuple) and len(value) == 2,
+        str_from_instance=lambda value: [str(side) for side in value],
+    ),
+]
+"""Height and width in pixels; a single number, in files and flags, is a square."""
+
+
 class Section(pydantic.BaseModel):
     """A group of keys; a key that it does not know is an error."""
 
@@ -26,11 +57,11 @@ class Section(pydantic.BaseModel):
 class Run(Section):
     """Which run this is, and where it lies."""
 
-    name: str = Field(default="mae", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, also("--run")] = Field(default="mae", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's identity: submitting the same name again continues it."""
-    storage: str = "runs"
+    storage: Annotated[str, also("--storage")] = "runs"
     """Folder or s3:// address that holds the runs, each in a folder of its name."""
-    experiment: str = "mae-on-ray"
+    experiment: Annotated[str, also("--experiment")] = "mae-on-ray"
     """MLflow experiment."""
     seed: int = Field(default=0, ge=0, lt=SEED_LIMIT)
     """Defines every random choice, together with epoch and sample."""
@@ -45,8 +76,8 @@ class Data(Section):
 
     train: str = ""
     """Shards to pretrain on: DIR, 'DIR/train-{000000..000012}.tar' or 'DIR/train-*.tar', local or s3://."""
-    image_size: tuple[int, int] = (224, 224)
-    """Height and width of a training image in pixels."""
+    image_size: ImageSize = (224, 224)
+    """Height and width of a training image in pixels; one number: a square."""
     channels: Literal[1, 3] = 3
     """1: grey, 3: RGB."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -243,7 +274,7 @@ class Log(Section):
     """Images in the reconstruction picture; 0: no picture."""
     ids: bool = False
     """Write the sample ids of every step to ids/ in the run's folder: a proof of the order, for audits."""
-    profile: Annotated[bool, tyro.conf.arg(aliases=["--profile"])] = False
+    profile: Annotated[bool, also("--profile")] = False
     """Write a torch.profiler trace of ten steps, and a table of the slowest operators, as artifacts of the run."""
     ids_folder: str = ""
     """Folder for log.ids that all workers share, where run.storage is remote; empty: ids/ in the run's folder."""

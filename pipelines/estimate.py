@@ -11,23 +11,24 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import tyro
 from pydantic import Field
 
 from pipelines.cli import parse_with_file
+from pipelines.commands import command_line
 from pipelines.config import Config, warmup_note
 from pipelines.data.shards import load_manifest
+from pipelines.early import check_shape
 from pipelines.errors import UserError, run_command
-from pipelines.estimation import Estimate, Rates, Work, estimate, plan_work
-from pipelines.training import micro_size
-from pipelines.training.build import make_stream
-from pipelines.training.dry_run import StepRate, cpu_threads, measure_decoding, measure_step
-from pipelines.training.duration import DAYS_H, in_words, smaller
 
-PROG = "python -m pipelines.estimate"
+if TYPE_CHECKING:
+    from pipelines.estimation import Estimate, Rates, Work
+    from pipelines.training.dry_run import StepRate
+
+# PyTorch and timm are imported in functions: who mistypes a flag need not wait seconds for them.
+PROG = command_line("pipelines.estimate")
 _UNKNOWN_ROWS = 64  # of a micro-batch that is left open where there is nothing to look for it on
 _BUSY = 0.8  # share of its cores' time that a step must get to count as undisturbed
 
@@ -47,18 +48,27 @@ class Args(Config):
 
 def workers_here(config: Config, cores: int) -> int:
     """Workers of the run that this machine would hold; one, where it is too small for any."""
+    import torch
+
     scale = config.scale
     # Ray counts in ten-thousandths.
     fit = torch.cuda.device_count() if scale.gpu else int(cores / scale.cpus_per_worker + 1e-4)
     return min(scale.workers, max(1, fit))
 
 
-def measure(args: Args, work: Work) -> tuple[StepRate | None, Rates]:
+def measure(args: Args, work: "Work") -> "tuple[StepRate | None, Rates]":
     """The dry run: the training step, unless it is known or there is no GPU for it, and decoding.
 
     Raises:
         UserError: The images cannot be read, or a micro-batch does not fit into the GPU's memory.
     """
+    import torch
+
+    from pipelines.estimation import Rates
+    from pipelines.training import micro_size
+    from pipelines.training.build import make_stream
+    from pipelines.training.dry_run import cpu_threads, measure_decoding, measure_step
+
     scale, cores = args.scale, len(os.sched_getaffinity(0))
     here = workers_here(args, cores)
     config, device = args, torch.device("cuda" if scale.gpu else "cpu")
@@ -95,7 +105,7 @@ def _flops(flops: float) -> str:
     return f"{flops / unit:,.4g} {name}FLOP"
 
 
-def work_lines(args: Args, work: Work, num_samples: int) -> Iterator[tuple[str, str]]:
+def work_lines(args: Args, work: "Work", num_samples: int) -> Iterator[tuple[str, str]]:
     """What the run does: lines of the table, each with what it is about."""
     flops, share = work.flops, work.flops.decoder / work.flops.forward
     encoder, decoder = work.encoder_parameters / 1e6, work.decoder_parameters / 1e6
@@ -111,9 +121,11 @@ def work_lines(args: Args, work: Work, num_samples: int) -> Iterator[tuple[str, 
 
 
 def speed_lines(
-    args: Args, step: StepRate | None, rates: Rates, found: Estimate | None, num_samples: int
+    args: Args, step: "StepRate | None", rates: "Rates", found: "Estimate | None", num_samples: int
 ) -> Iterator[tuple[str, str]]:
     """How fast it goes and what it takes: lines of the table, each with what it is about."""
+    from pipelines.training.duration import DAYS_H, in_words, smaller
+
     scale, decode = args.scale, rates.decode_images_per_s
     speed = f"{rates.step_images_per_s or 0:,.1f} images/s a worker"
     if step and scale.gpu:
@@ -155,7 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"data.train is not given: name shards with --data.train DIR (see {PROG} --help)")
     if args.output and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--json {args.output}: there is no such folder")
+    check_shape(args)
     num_samples = load_manifest(args.data.train).num_samples
+
+    from pipelines.estimation import estimate, plan_work
+
     work = plan_work(args, num_samples)
     step, rates = measure(args, work)
     found = estimate(work, rates, workers=args.scale.workers, price_per_hour=args.price_per_hour)

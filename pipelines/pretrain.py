@@ -16,32 +16,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-import ray.train
-
 from pipelines import provenance
 from pipelines.cli import parse_with_file, to_toml
+from pipelines.commands import command_line
 from pipelines.config import Config, flat, identity, identity_hash, total_steps, warmup_note, younger_defaults
-from pipelines.console import Printer, make_console
 from pipelines.data.shards import Manifest, load_manifest, need_labels, need_same_classes
+from pipelines.early import check_early
 from pipelines.errors import FAILED, USAGE_ERROR, UserError, run_command
 from pipelines.lease import Lease, check_of, hold
-from pipelines.ray_session import connect
 from pipelines.spool import Spool, Status
-from pipelines.stopping import StoppedError, do_until_stopped, take_signals
 from pipelines.storage import Store, absolute
 from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send, send_rest
-from pipelines.training import checkpoint
-from pipelines.training.build import check_initial_weights, check_model
 from pipelines.training.job import Job
-from pipelines.training.launch import check_resources, run_here, run_workers
-from pipelines.training.loop import train_worker
-from pipelines.training.lost import LostWorkers
-from pipelines.training.memory import ran_out, setting, watch_memory
 from pipelines.training.runfolder import RunFolder
-from pipelines.training.unreadable import told
 
-PROG = "python -m pipelines.pretrain"
+# PyTorch, timm and Ray are imported in functions: who mistypes a flag need not wait seconds for them.
+PROG = command_line("pipelines.pretrain")
 
 
 def read_config(argv: Sequence[str] | None = None) -> Config:
@@ -75,9 +65,7 @@ def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
     """
     if not config.data.train:
         raise UserError(f"data.train is not given: name shards with --data.train DIR (see {PROG} --help)")
-    check_model(config)
-    if config.run.init_from:
-        check_initial_weights(config)
+    check_early(config)
     if Store(config.run.storage).is_web:
         raise UserError(f"run.storage: nothing can be written to {config.run.storage}; name a folder, s3:// or gs://")
     if config.log.ids and not Store(config.log.ids_folder or config.run.storage).is_local:
@@ -93,6 +81,11 @@ def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
     labelled, test = probes
     if labelled and test:
         need_same_classes("probe.train", labelled, "probe.test", test)
+    from pipelines.training.build import check_initial_weights, check_model
+
+    check_model(config)
+    if config.run.init_from:
+        check_initial_weights(config)
     return train, labelled, test
 
 
@@ -105,6 +98,8 @@ def open_run(config: Config, data_digest: str) -> dict[str, Any] | None:
     Raises:
         UserError: A run of this name has another configuration.
     """
+    from pipelines.training import checkpoint
+
     store = Store(config.run.storage).child(config.run.name)
     mine = identity(config, data_digest)
     if store.exists("identity.json"):
@@ -179,6 +174,13 @@ def pretrain(config: Config, images: Images, console: Any, *, here: bool = False
         UserError: It failed by what the user can mend.
         PretrainingError: It failed otherwise.
     """
+    import ray.train
+
+    from pipelines.training.launch import run_here, run_workers
+    from pipelines.training.loop import train_worker
+    from pipelines.training.lost import LostWorkers
+    from pipelines.training.memory import ran_out, setting
+
     store = Store(config.run.storage).child(config.run.name)
     error = ""
     try:
@@ -236,6 +238,8 @@ class PretrainingError(Exception):
 
 def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: float) -> str:
     """What a person wants to know at the end."""
+    from pipelines.training.unreadable import told
+
     scores = result["scores"]
     folder = Store(config.run.storage).child(config.run.name)
     lines = ["", f"run '{config.run.name}' finished: {result['step']} steps in {seconds / 60:.1f} min"]
@@ -272,6 +276,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config, images: Images, lease: Lease) -> int:
     """Runs it to its end, or finds that it is there already; returns the command's exit code."""
+    from pipelines.console import Printer, make_console
+    from pipelines.ray_session import connect
+    from pipelines.stopping import StoppedError, do_until_stopped, take_signals
+    from pipelines.training.launch import check_resources
+    from pipelines.training.memory import watch_memory
+
     started = time.perf_counter()
     train = images.train
     tracking_uri = resolve_tracking_uri(config.run.storage)

@@ -12,34 +12,31 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-import torch
 from PIL import Image
 from pydantic import Field
 
-from mae_core.weights import load_weights
 from pipelines.cli import parse
-from pipelines.config import SEED_LIMIT, Data, Section
+from pipelines.commands import command_line
+from pipelines.config import SEED_LIMIT, Data, Section, also
 from pipelines.data.lookup import Samples, find_keys, key_of, read_samples
 from pipelines.data.plan import Plan
 from pipelines.data.readers import View
 from pipelines.data.shards import Manifest, load_manifest
-from pipelines.drawing import (
-    Subject,
-    draw_attention,
-    draw_neighbours,
-    draw_pca,
-    draw_reconstruction,
-    find_neighbours,
-)
 from pipelines.errors import UserError, run_command
 from pipelines.runs import find_run, load_encoder, run_config
 from pipelines.spool import Spool
 from pipelines.storage import Store, absolute
 from pipelines.tracking import RUN_FILE, send
 
-PROG = "python -m pipelines.reconstruct"
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.drawing import Subject
+
+# PyTorch and timm are imported in functions: who mistypes a flag need not wait seconds for them.
+PROG = command_line("pipelines.reconstruct")
 MOST_ROWS = 100  # a picture of more is some 14,000 pixels high
 _TITLE = 28
 _NAMED = 5
@@ -54,13 +51,13 @@ class Reconstruct(Section):
     MLflow.
     """
 
-    run: str = ""
+    run: Annotated[str, also("--run.name")] = ""
     """The pretraining run to look into: its newest whole checkpoint."""
-    storage: str = "runs"
+    storage: Annotated[str, also("--run.storage")] = "runs"
     """The folder or address that holds the runs."""
     weights: str = ""
     """Instead of a run: an MAE checkpoint (.pth, .safetensors), or an encoder alone, which cannot reconstruct."""
-    data: str = ""
+    data: Annotated[str, also("--data.train")] = ""
     """Shards that the images come from; empty: those that the run was trained on."""
     out: str = ""
     """Where the pictures go; empty: looking/ in the run's folder, or here for --weights."""
@@ -109,9 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if bool(args.run) == bool(args.weights):
         given = "both are given" if args.run else "neither is given"
         raise UserError(f"name what to look into by --run NAME or by --weights FILE: {given} (see {PROG} --help)")
+    named = load_manifest(args.data) if args.data else None
     subject, folder, data = _of_run(args) if args.run else _of_weights(args)
     kinds = _kinds(args, subject)
-    manifest = load_manifest(data)
+    manifest = named or load_manifest(data)
     chosen = _choose(args, manifest)
     read = _read(manifest, chosen, subject.view)
     print(f"{subject.title}: {len(read.sample_B)} of {manifest.num_samples:,} images of {data}", flush=True)
@@ -130,13 +128,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _of_run(args: Reconstruct) -> tuple[Subject, Store, str]:
+def _of_run(args: Reconstruct) -> "tuple[Subject, Store, str]":
     """The model of a run, the run's folder, and the data to look at."""
     for name in _OF_WEIGHTS:
         if getattr(args, name) != Reconstruct.model_fields[name].default:
             raise UserError(f"--{name.replace('_', '-')} goes with --weights: a run has its own")
     folder = find_run(args.storage, args.run)
     config = run_config(folder)
+
+    from pipelines.drawing import Subject
+
     model, step = load_encoder(folder, config, _warn)
     view = View(config.data.image_size, config.data.channels, crop_share=config.probe.crop_share)
     title = f"{args.run}, step {step}"
@@ -144,13 +145,17 @@ def _of_run(args: Reconstruct) -> tuple[Subject, Store, str]:
     return subject, folder, args.data or config.data.train
 
 
-def _of_weights(args: Reconstruct) -> tuple[Subject, None, str]:
+def _of_weights(args: Reconstruct) -> "tuple[Subject, None, str]":
     """The model of a file, no run's folder, and the data to look at."""
     path = Path(args.weights).expanduser()
     if not args.data:
         raise UserError("--weights needs images to look at: name shards with --data DIR")
     if not path.is_file():
         raise UserError(f"--weights: no file '{path}'")
+
+    from mae_core.weights import load_weights
+    from pipelines.drawing import Subject
+
     try:
         model, has_decoder = load_weights(
             path,
@@ -173,7 +178,7 @@ def _of_weights(args: Reconstruct) -> tuple[Subject, None, str]:
     return Subject(model, path.name, args.mean, args.std, view, has_decoder=has_decoder), None, args.data
 
 
-def _kinds(args: Reconstruct, subject: Subject) -> list[str]:
+def _kinds(args: Reconstruct, subject: "Subject") -> list[str]:
     """What is to be drawn, of what this model can."""
     kinds = [kind for kind in get_args(Kind) if kind in args.only or not args.only]
     if "reconstructions" in kinds:
@@ -222,9 +227,11 @@ def _read(manifest: Manifest, chosen: list[int], view: View) -> Samples:
 
 
 def _draw(
-    args: Reconstruct, kinds: list[str], subject: Subject, manifest: Manifest, read: Samples
+    args: Reconstruct, kinds: list[str], subject: "Subject", manifest: Manifest, read: Samples
 ) -> Iterator[tuple[str, Image.Image]]:
     """The pictures, each with its file's name."""
+    from pipelines.drawing import draw_attention, draw_neighbours, draw_pca, draw_reconstruction, find_neighbours
+
     images_BHWC, sample_B = read.images_BHWC, read.sample_B
     titles = [f"{id_} {key_of(manifest, id_)}" for id_ in sample_B.tolist()]
     print("rows: " + ", ".join(titles), flush=True)
@@ -285,7 +292,9 @@ def _record(run: str, folder: Store, out: Store, names: list[str]) -> None:
         shutil.rmtree(local if out.is_local else beside)
 
 
-def _device() -> torch.device:
+def _device() -> "torch.device":
+    import torch
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

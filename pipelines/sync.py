@@ -12,10 +12,14 @@ import pydantic
 import tyro
 
 from pipelines.cli import parse
+from pipelines.commands import command_line
+from pipelines.config import also
 from pipelines.errors import UserError, run_command
 from pipelines.spool import SPOOL_FILE, redact
 from pipelines.storage import Store, absolute
 from pipelines.tracking import RUN_FILE, RunRecord, absolute_tracking_uri, adopt, quiet_environment, recorded
+
+PROG = command_line("pipelines.sync")
 
 
 class Args(pydantic.BaseModel):
@@ -23,9 +27,11 @@ class Args(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    name: Annotated[str, tyro.conf.Positional]
+    name: Annotated[str, tyro.conf.Positional] = ""
     """The run's name."""
-    storage: str = "runs"
+    run: Annotated[str, also("--run.name")] = ""
+    """The run's name, spelt as in other commands."""
+    storage: Annotated[str, also("--run.storage")] = "runs"
     """The folder that holds the runs."""
     tracking_uri: str = ""
     """The MLflow to send to; empty: MLFLOW_TRACKING_URI, else the one that the run began with."""
@@ -36,8 +42,10 @@ def main() -> int:
 
     Scores of transfers that the run lacks are noted on it first.
     """
-    args = parse(Args, prog="python -m pipelines.sync")
-    folder = run_folder(args.name, args.storage)
+    args = parse(Args, prog=PROG)
+    if bool(args.name) == bool(args.run):
+        raise UserError(f"name one run, as NAME or as --run NAME (see {PROG} --help)")
+    folder = run_folder(args.name or args.run, args.storage)
     asked = absolute_tracking_uri(args.tracking_uri) if args.tracking_uri else ""
 
     # Not before the arguments are known to be right, as importing MLflow takes seconds, nor without these settings.

@@ -17,38 +17,28 @@ import time
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
-import ray.train
-import torch
-
-from mae_core.augment import check_policy
-from mae_core.classifier import Classifier, freeze
 from pipelines.cli import parse_with_file
+from pipelines.commands import command_line
 from pipelines.config import Config
-from pipelines.console import Printer, make_console
 from pipelines.data.shards import Manifest, load_index, load_manifest, need_labels, need_same_classes
+from pipelines.early import check_gpus
 from pipelines.errors import USAGE_ERROR, UserError, run_command
 from pipelines.lease import Lease, hold
-from pipelines.plots import Point, draw_scores
-from pipelines.ray_session import connect
-from pipelines.runs import final_step
+from pipelines.runs import final_step, find_run
 from pipelines.spool import Spool
 from pipelines.storage import Store, absolute
 from pipelines.tracking import create_run, resolve_tracking_uri, send
-from pipelines.training.build import build_model
-from pipelines.training.launch import check_resources, run_workers
 from pipelines.training.runfolder import RunFolder
-from pipelines.training.scores import read_scored
-from pipelines.training.transfer import transfer_worker
-from pipelines.training.transfer_worker import TransferJob
 from pipelines.transfer_config import Protocol, Transfer, TransferData, TransferTrain, metric, recipe, units
 from pipelines.transfer_identity import as_pretrained, dataset_name, identity, score_name
-from pipelines.transfer_record import describe, finish, note_on_parent, read_result
-from pipelines.transfer_source import normalised, source
 
-PROG = "python -m pipelines.transfer"
+if TYPE_CHECKING:
+    import torch
+
+# PyTorch, timm and Ray are imported in functions: who mistypes a flag need not wait seconds for them.
+PROG = command_line("pipelines.transfer")
 _PROTOCOLS: tuple[str, ...] = Protocol.__args__  # type: ignore[attr-defined]
 
 
@@ -141,6 +131,12 @@ def check_classifier(transfer: Transfer, config: Config, num_classes: int) -> No
     Raises:
         UserError: Image size or blocks do not fit the encoder.
     """
+    import torch
+
+    from mae_core.augment import check_policy
+    from mae_core.classifier import Classifier, freeze
+    from pipelines.training.build import build_model
+
     size = transfer.data.image_size if min(transfer.data.image_size) > 0 else config.data.image_size
     try:
         with torch.device("meta"):
@@ -156,15 +152,28 @@ def check_classifier(transfer: Transfer, config: Config, num_classes: int) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     transfer = read_transfer(argv)
-    parent, config, state, step = source(transfer)
-    transfer = as_pretrained(transfer, config)
-    config = normalised(transfer, config)
+    # What is known at once is said at once.
+    if transfer.run:
+        find_run(transfer.storage, transfer.run)
+    check_gpus(transfer.scale)
     data = load_manifest(transfer.data.train), load_manifest(transfer.data.test)
     if transfer.protocol == "segment":
         classes = tuple(map(str, range(check_masks(transfer, *data))))
     else:
         check_labels(*data)
         classes = data[0].classes
+
+    import ray
+
+    from pipelines.ray_session import connect
+    from pipelines.training.launch import check_resources
+    from pipelines.training.scores import read_scored
+    from pipelines.transfer_record import finish, note_on_parent, read_result
+    from pipelines.transfer_source import normalised, source
+
+    parent, config, state, step = source(transfer)
+    transfer = as_pretrained(transfer, config)
+    config = normalised(transfer, config)
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     asked = units(transfer, depth)
     for unit in asked:
@@ -208,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plot(transfer: Transfer, parent: Store | None, above: Store, scored: list[tuple[Transfer, dict[str, Any]]]) -> str:
     """Draws the scores over what was varied, for the pretraining run's record too; returns the picture's path."""
+    from pipelines.plots import Point, draw_scores
+
     varied = {
         "labels": lambda unit: unit.data.label_fraction[0],
         "visible": lambda unit: unit.visible[0],
@@ -246,7 +257,7 @@ def plot(transfer: Transfer, parent: Store | None, above: Store, scored: list[tu
 def _run(
     transfer: Transfer,
     config: Config,
-    state: dict[str, torch.Tensor],
+    state: "dict[str, torch.Tensor]",
     data: tuple[Manifest, Manifest],
     num_classes: int,
     parent: Store | None,
@@ -260,6 +271,15 @@ def _run(
         UserError: It failed by what the user can mend.
         TransferFailedError: It failed otherwise.
     """
+    import ray
+    import ray.train
+
+    from pipelines.console import Printer, make_console
+    from pipelines.training.launch import run_workers
+    from pipelines.training.transfer import transfer_worker
+    from pipelines.training.transfer_worker import TransferJob
+    from pipelines.transfer_record import describe
+
     train, test = data
     store.write("config.json", transfer.model_dump_json(indent=2) + "\n")
     store.write("identity.json", json.dumps(values, indent=2))

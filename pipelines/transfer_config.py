@@ -11,7 +11,7 @@ import pydantic
 import tyro
 from pydantic import Field
 
-from pipelines.config import SEED_LIMIT, Scale, Section
+from pipelines.config import SEED_LIMIT, ImageSize, Scale, Section, also
 
 Protocol = Literal["knn", "linear-fast", "linear", "partial", "finetune", "scratch", "segment"]
 CACHED: tuple[Protocol, ...] = ("knn", "linear-fast")
@@ -47,8 +47,9 @@ class TransferData(Section):
     """The data set's name in the record; empty: of the folder that holds data.train."""
     num_classes: int = Field(default=0, ge=0, le=255)
     """Of protocol segment: classes in the masks, whose values count from 0 on; 0: what the shards' manifest says."""
-    image_size: tuple[int, int] = (0, 0)
-    """Height and width in pixels; 0 0: as in pretraining. The position table is resampled to another."""
+    image_size: ImageSize = (0, 0)
+    """Height and width in pixels, one number: a square; 0: as in pretraining. The position table is resampled to
+    another."""
     mean: tuple[float, ...] = ()
     """Mean of each channel, of values in 0..1; empty: as in pretraining, which a file of weights may say, else
     ImageNet's (grey: 0.5)."""
@@ -79,22 +80,22 @@ class TransferTrain(Section):
 
     epochs: float = Field(default=100.0, gt=0)
     """Passes over the training images."""
-    global_size: int = Field(default=1024, gt=0)
+    global_size: Annotated[int, also("--batch.global-size")] = Field(default=1024, gt=0)
     """Images an optimiser step, over all workers."""
-    micro_size: int = Field(default=64, gt=0)
+    micro_size: Annotated[int, also("--batch.micro-size")] = Field(default=64, gt=0)
     """Largest number of images that a worker takes at once; even where mixup or cutmix is on."""
     optimizer: Literal["adamw", "lars"] = "adamw"
     """lars: as in the paper's linear probe."""
-    base_lr: float = Field(default=1e-3, gt=0)
+    base_lr: Annotated[float, also("--optim.base-lr")] = Field(default=1e-3, gt=0)
     """Learning rate for 256 images a step; it scales with the global batch."""
     base_lrs: tuple[float, ...] = ()
     """Several in place of base_lr: each is trained with the first seed, and all seeds, of later commands too, take the
     best on the validation split."""
-    warmup_epochs: float = Field(default=5.0, ge=0)
+    warmup_epochs: Annotated[float, also("--optim.warmup-epochs")] = Field(default=5.0, ge=0)
     """Epochs over which the learning rate rises from 0."""
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: Annotated[float, also("--optim.weight-decay")] = Field(default=0.05, ge=0)
     """Decay of the weights, not of biases and one-dimensional parameters."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], also("--optim.betas")] = (0.9, 0.999)
     """AdamW's betas."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the learning rate from each layer to the one below."""
@@ -123,13 +124,13 @@ class Transfer(Section):
     from random weights), segment (a linear classifier of patches, where samples carry masks).
     """
 
-    run: str = ""
+    run: Annotated[str, also("--run.name")] = ""
     """The pretraining run whose encoder is scored."""
     weights: str = ""
     """Or a file: an official MAE checkpoint (.pth) or a model.safetensors, with a decoder or without."""
     num_heads: int = Field(default=0, ge=0)
     """Of weights: heads of the encoder; 0: as the file says, else as ViTs of its width have."""
-    storage: str = "runs"
+    storage: Annotated[str, also("--run.storage")] = "runs"
     """Folder or s3:// address that holds the runs."""
     protocol: Protocol = "linear-fast"
     """What is trained, and how."""
@@ -144,15 +145,15 @@ class Transfer(Section):
     """Of protocol finetune: also from random weights, without layer decay and else alike."""
     seeds: tuple[int, ...] = (0,)
     """One training for each; the score is their mean. Those that have been scored already are not trained again."""
-    pool: Literal["mean", "cls"] = "mean"
+    pool: Annotated[Literal["mean", "cls"], also("--probe.pool")] = "mean"
     """Features: the mean of the patch tokens, or the class token."""
-    knn_k: int = Field(default=20, gt=0)
+    knn_k: Annotated[int, also("--probe.knn-k")] = Field(default=20, gt=0)
     """Neighbours that vote."""
-    log_every: int = Field(default=20, gt=0)
+    log_every: Annotated[int, also("--log.every")] = Field(default=20, gt=0)
     """Steps between two progress lines."""
-    checkpoint_minutes: float = Field(default=5.0, gt=0)
+    checkpoint_minutes: Annotated[float, also("--checkpoint.every-minutes")] = Field(default=5.0, gt=0)
     """Minutes between checkpoints."""
-    experiment: str = "mae-on-ray"
+    experiment: Annotated[str, also("--run.experiment")] = "mae-on-ray"
     """MLflow experiment, where there is no pretraining run."""
     data: TransferData = TransferData()
     train: TransferTrain = TransferTrain()

@@ -16,31 +16,31 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import ray
-import torch
 from pydantic import Field
 
 from pipelines import provenance
 from pipelines.cli import parse_with_file
+from pipelines.commands import command_line
 from pipelines.config import Config, flat, identity, total_steps, warmup_note
 from pipelines.errors import UserError, run_command
 from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
-from pipelines.ray_session import connect
 from pipelines.spool import redact
 from pipelines.storage import Store
 from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri
 from pipelines.training.runfolder import RunFolder
-from tune import parent, partial, sections, tables, timing
+from tune import parent, tables
 from tune.claims import judge
 from tune.journal import Cell, Journal
-from tune.sections import Measured
 from tune.tables import TABLES, Row
-from tune.trainable import StopSign, Study
 
-PROG = "python -m tune.ablate"
+if TYPE_CHECKING:
+    from tune.sections import Measured
+
+# PyTorch, timm and Ray are imported in functions: who mistypes a flag need not wait seconds for them.
+PROG = command_line("tune.ablate")
 INTERRUPTED = 130  # the exit code of what Ctrl-C has ended
 LINEAR, KNN = "probe/linear_top1", "probe/knn_top1"
 _FILE = "ablation.json"
@@ -184,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ablation.table == "table2":
         return _table2(ablation)
     ready = prepare(ablation)
+    from pipelines.ray_session import connect
+
     store, who = ready.store, f"'{_name(ablation)}'"
     if store.exists(_FILE):
         parent.refuse_change(store, _FILE, who, definition(ready))
@@ -220,9 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell], lease: Lease) -> bool:
     """Trains cells; says whether all have ended."""
     # They take seconds to import: not for a mistake in the command, nor where nothing is to be trained.
+    import ray
     from ray.tune.schedulers import FIFOScheduler
 
     from tune.running import listed, run_trials, share
+    from tune.trainable import StopSign, Study
 
     store, ablation, folder = ready.store, ready.ablation, RunFolder(ready.store)
     room = share(ready.config, ablation.concurrent)
@@ -266,8 +270,10 @@ def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell], lease: Lease)
     return ended
 
 
-def measure(ready: _Ready, row: Row, journal: Journal) -> Measured:
+def measure(ready: _Ready, row: Row, journal: Journal) -> "Measured":
     """A row with what the journal has of it."""
+    from tune.sections import Measured
+
     changes = tables.changes(ready.config, row)
     known = [journal.trials.get(ready.cell(row, seed).name) for seed in range(ready.ablation.seeds)]
     trials = [trial for trial in known if trial and row.values is not None]
@@ -282,8 +288,10 @@ def measure(ready: _Ready, row: Row, journal: Journal) -> Measured:
     )
 
 
-def _tuned(ready: _Ready, cell: Cell) -> list[Measured]:
+def _tuned(ready: _Ready, cell: Cell) -> "list[Measured]":
     """Figure 9, from the recipe's run."""
+    from tune import partial
+
     images = ready.images
     assert images.labelled is not None
     assert images.test is not None
@@ -299,8 +307,10 @@ def _tuned(ready: _Ready, cell: Cell) -> list[Measured]:
     )
 
 
-def _publish(ready: _Ready, measured: Sequence[Measured]) -> None:
+def _publish(ready: _Ready, measured: "Sequence[Measured]") -> None:
     """Prints the table and what it shows, draws it, and writes its section."""
+    from tune import sections
+
     ablation, table = ready.ablation, TABLES[ready.ablation.table]
     score = "partially tuned" if ablation.table == "fig9" else "linear"
     rows = sections.lines(measured, score)
@@ -346,6 +356,8 @@ def _keep(
     images: Images | None = None,
 ) -> None:
     """Says what a table shows, and keeps its section and its picture in the folder and in the record."""
+    from tune import sections
+
     for one in said:
         print(f"- {one}")
     name, store = ablation.table, _store(ablation)
@@ -366,6 +378,10 @@ def _keep(
 
 def _table2(ablation: Ablation) -> int:
     """Measures, and says what a step costs; returns the command's exit code."""
+    import torch
+
+    from tune import sections, timing
+
     if ablation.scale.gpu and not torch.cuda.is_available():
         raise UserError("--scale.gpu: PyTorch finds no GPU here")
     if ablation.scale.threads:

@@ -17,17 +17,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pydantic
-import ray
 from pydantic import Field
 
 from pipelines import provenance
 from pipelines.cli import parse_with_file, to_toml
+from pipelines.commands import command_line
 from pipelines.config import Config, flat, identity, total_steps, warmup_note
 from pipelines.errors import UserError, run_command
 from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
 from pipelines.pretrain import main as pretrain_main
-from pipelines.ray_session import connect
 from pipelines.spool import Spool, redact
 from pipelines.storage import Store
 from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri
@@ -35,10 +34,10 @@ from pipelines.training.runfolder import RunFolder
 from tune import parent
 from tune.journal import Cell, Journal, shown
 from tune.space import Space, check_points, load_space, with_values
-from tune.trainable import StopSign, Study
 from tune.trial import Ranked, ranking
 
-PROG = "python -m tune.search"
+# PyTorch, timm and Ray are imported in functions: who mistypes a flag need not wait seconds for them.
+PROG = command_line("tune.search")
 INTERRUPTED = 130  # the exit code of what Ctrl-C has ended
 OBJECTIVES = {"linear": "probe/linear_top1", "knn": "probe/knn_top1"}
 
@@ -235,6 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     started = time.perf_counter()
     ready = read_search(argv)
+
+    from pipelines.ray_session import connect
+
     search = ready.search
     store = Store(search.run.storage).child(search.run.name)
     with hold(store, f"search '{search.run.name}'") as lease, connect(address=search.scale.address):
@@ -262,7 +264,10 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]
         Whether all have ended, and the configurations, best first.
     """
     # Tune and its samplers take seconds to import: not for a mistake in the command.
+    import ray
+
     from tune.running import listed, optuna, run_trials, share
+    from tune.trainable import StopSign, Study
 
     search, space, config = ready.search, ready.space, ready.config
     room = share(config, search.concurrent)

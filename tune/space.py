@@ -30,7 +30,6 @@ import pydantic
 from pipelines.cli import flag_names, reason
 from pipelines.config import Config, defines_result, flat, identity_hash
 from pipelines.errors import UserError
-from pipelines.training.build import check_model
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -204,6 +203,8 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     Raises:
         UserError: The schema refuses one, or the model that they describe cannot be built.
     """
+    from pipelines.training.build import check_model  # imports PyTorch, for which not every command waits
+
     changed = _validated(config, values)
     try:
         check_model(changed)

@@ -8,11 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from pipelines.config import Config, flat
 from pipelines.errors import UserError
-from pipelines.training.build import build_model
 from tune.space import with_values
 
 
@@ -116,9 +113,18 @@ def _mask_token(config: Config) -> list[Row]:  # noqa: ARG001
     ]
 
 
-def _target(config: Config) -> list[Row]:
+def _shape(config: Config) -> Any:
+    """The model without its memory."""
+    import torch  # takes seconds, for which not every command waits
+
+    from pipelines.training.build import build_model
+
     with torch.device("meta"):
-        model = build_model(config)
+        return build_model(config)
+
+
+def _target(config: Config) -> list[Row]:
+    model = _shape(config)
     components = max(1, model.channels * model.patch_size**2 // 8)  # 96 of 768, as the paper's
     return [
         Row("pixel (raw)", {"model.target": "raw"}, 84.9, 73.5),
@@ -186,8 +192,7 @@ _BLOCKS = {"0": 73.5, "0.5": 79.1, "1": 81.0, "2": 83.1, "4": 84.2, "6": 84.4, "
 
 def encoder_depth(config: Config) -> int:
     """Blocks of a configuration's encoder."""
-    with torch.device("meta"):
-        return len(build_model(config).encoder.blocks)
+    return len(_shape(config).encoder.blocks)
 
 
 def _partial(config: Config) -> list[Row]:

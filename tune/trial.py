@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from pipelines.training.scores import interval
-
 State = Literal["finished", "running", "stopped", "failed"]
 # Of the most worth to the least: an unfinished score is a lower one of the same configuration.
 _ORDER: tuple[State, ...] = ("finished", "running", "stopped", "failed")
@@ -74,6 +72,8 @@ T = TypeVar("T", Trial, Ranked)
 
 def mean_interval(scores: Sequence[float]) -> tuple[float, float | None]:
     """Mean and half of its 95 % interval (Student's t), which a single score has not."""
+    from pipelines.training.scores import interval  # imports PyTorch, for which not every command waits
+
     return sum(scores) / len(scores), interval(list(scores))
 
 
