@@ -26,6 +26,7 @@ from pipelines import provenance
 from pipelines.cli import parse_with_file
 from pipelines.config import Config, flat, identity, total_steps
 from pipelines.errors import UserError, run_command
+from pipelines.kinds import TAG, refuse_other
 from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
 from pipelines.ray_session import connect
@@ -172,7 +173,7 @@ def describe(ablation: Ablation, images: Images | None = None) -> RunDescription
         experiment=ablation.run.experiment,
         name=_name(ablation),
         params=flat(pretraining(ablation)),
-        tags={"mae.kind": "ablation", **provenance.tags()},
+        tags={TAG: "ablation", **provenance.tags()},
         datasets=provenance.dataset_inputs(data),
     )
 
@@ -181,9 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     started = time.perf_counter()
     ablation = read_ablation(argv)
+    refuse_other(_store(ablation), "ablation")
     if ablation.table == "table2":
         return _table2(ablation)
     ready = prepare(ablation)
+    parent.refuse_other_trials(ready.store, ready.cells())
     store, who = ready.store, f"'{_name(ablation)}'"
     if store.exists(_FILE):
         parent.refuse_change(store, _FILE, who, definition(ready))
@@ -195,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{ready.title}: {len(ready.cells())} trainings, {len(left)} of them still to be done", flush=True)
     with ExitStack() as stack:
         if left:
-            lease = stack.enter_context(hold(store, who))
+            lease = stack.enter_context(hold(store, who, "ablation"))
             stack.enter_context(connect(address=ablation.scale.address))
             if not _train(ready, journal, left, lease):
                 print(f"{who} ended: the same command goes on with it")

@@ -1,18 +1,19 @@
 """What stands above trials, of a search as of an ablation: one definition for a folder, and a record of its own."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from pipelines.config import Config
 from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
+from pipelines.kinds import refuse_other
 from pipelines.spool import SPOOL_FILE, Spool
 from pipelines.storage import Store
 from pipelines.tracking import send, start_follower
 from pipelines.training.runfolder import RunFolder
-from tune.journal import Journal
+from tune.journal import Cell, Journal
 
 
 def trial_config(config: Config, store: Store, every_epochs: float) -> Config:
@@ -39,6 +40,21 @@ def probed(config: Config, labelled: Manifest) -> dict[str, Any]:
     """
     keys = ("knn_k", "pool", "val_share", "crop_share", "samples")
     return {f"probe.{key}": getattr(config.probe, key) for key in keys} | {"probe.digest": labelled.digest}
+
+
+def refuse_other_trials(store: Store, cells: Iterable[Cell]) -> None:
+    """Sees that what lies where trials will be is theirs; writes nothing.
+
+    Args:
+        store: The folder above the trials.
+        cells: Those that are known.
+
+    Raises:
+        UserError: A place holds something else.
+    """
+    trials = store.child("trials")
+    for name in {cell.name for cell in cells} & set(trials.names()):
+        refuse_other(trials.child(name), "trial")
 
 
 def end_running(journal: Journal, store: Store) -> None:

@@ -24,6 +24,7 @@ from pipelines import provenance
 from pipelines.cli import parse_with_file, to_toml
 from pipelines.config import Config, flat, identity, total_steps
 from pipelines.errors import UserError, run_command
+from pipelines.kinds import TAG, refuse_other
 from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
 from pipelines.pretrain import main as pretrain_main
@@ -133,8 +134,6 @@ def open_search(store: Store, search: Search, wanted: dict[str, Any]) -> None:
     if not store.exists("search.json"):
         if search.resume:
             raise UserError(f"no search '{name}' to resume in {search.run.storage}")
-        if store.exists("config.json"):
-            raise UserError(f"'{name}' is a pretraining run in {search.run.storage}: choose another --run.name")
         store.write("search.json", json.dumps(wanted, indent=2))
         return
     if not search.resume:
@@ -179,7 +178,7 @@ def describe(search: Search, space: Space, images: Images) -> RunDescription:
         experiment=search.run.experiment,
         name=search.run.name,
         params={**asked, **axes, **flat(pretraining(search))},
-        tags={"mae.kind": "search", **provenance.tags()},
+        tags={TAG: "search", **provenance.tags()},
         datasets=provenance.dataset_inputs({"train": images.train, "probe_train": images.labelled}),
     )
 
@@ -237,7 +236,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ready = read_search(argv)
     search = ready.search
     store = Store(search.run.storage).child(search.run.name)
-    with hold(store, f"search '{search.run.name}'") as lease, connect(address=search.scale.address):
+    refuse_other(store, "search")
+    parent.refuse_other_trials(store, ready.cells)
+    if search.final:
+        refuse_other(Store(search.run.storage).child(_final_name(search)), "run")
+    with hold(store, f"search '{search.run.name}'", "search") as lease, connect(address=search.scale.address):
         ended, ranked = _run(ready, store, lease)
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{table(ranked, search.objective)}\n")
@@ -356,10 +359,14 @@ def _conclude(ready: _Ready, journal: Journal, ranked: Sequence[Ranked], folder:
         spool.artifact(f"pictures/{name}.png", "pictures")
 
 
+def _final_name(search: Search) -> str:
+    return f"{search.run.name}-final"
+
+
 def final(search: Search, best: Ranked, store: Store) -> int:
     """Trains the best configuration longer, as a run of its own, which reads the test set at its end."""
     values = best_config(search, best).model_dump()
-    values["run"] |= {"name": f"{search.run.name}-final"}
+    values["run"] |= {"name": _final_name(search)}
     longer = {key: value * search.final_factor for key, value in values["train"].items() if key in ("steps", "epochs")}
     values["train"] |= {"epochs": longer["epochs"], "steps": math.ceil(longer["steps"])}
     text = to_toml(Config.model_validate(values), f"The best of the search '{search.run.name}', trained longer.")

@@ -15,6 +15,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 from mae_core.flops import step_flops
 from pipelines.config import Config, total_steps
 from pipelines.console import make_console
+from pipelines.kinds import TAG, refuse_other
 from pipelines.lease import Lease
 from pipelines.pretrain import Images, describe, open_run, pretrain
 from pipelines.storage import Store
@@ -264,14 +265,16 @@ class _Run:
     def _do(self) -> None:
         study, config = self._study, self._config
         try:
+            store = Store(config.run.storage).child(config.run.name)
+            refuse_other(store, "trial")
             result = open_run(config, study.images.train.digest)
             if result is not None:
                 # It had ended when the search was killed, before the search knew.
                 ray.get(self._console.score.remote(result["step"], result["scores"]))
                 return
-            folder = RunFolder(Store(config.run.storage).child(config.run.name))
+            folder = RunFolder(store)
             told = describe(config, study.images, study.parent_run_id)
-            tags = {**told.tags, "mae.kind": "trial", "mae.search": study.search}
+            tags = {**told.tags, TAG: "trial", "mae.search": study.search}
             write_record(folder.path, told.model_copy(update={"tags": tags}), tracking_uri=study.tracking_uri)
             folder.push()
             options = {"judged": True, "followed": study.followed, "here": study.here, "lease": study.lease}
