@@ -39,7 +39,7 @@ from tune.claims import judge
 from tune.journal import Cell, Journal
 from tune.sections import Measured
 from tune.tables import TABLES, Row
-from tune.trainable import StopSign, Study
+from tune.trainable import Study, stop_sign
 
 PROG = "python -m tune.ablate"
 INTERRUPTED = 130  # the exit code of what Ctrl-C has ended
@@ -243,7 +243,7 @@ def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell], lease: Lease)
         run_id,
         store.is_local,
         dict(journal.trials),
-        StopSign.remote(),  # type: ignore[attr-defined]
+        stop_sign(()),
         lease,
     )
     with parent.own_record(folder, store.is_local) as spool:

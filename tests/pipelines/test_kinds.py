@@ -149,7 +149,7 @@ def test_every_command_leaves_what_it_refuses_alone(commands, there, tmp_path, m
 
 def test_table2_leaves_a_search_alone(tmp_path):
     fill(Store(str(tmp_path)).child("ablate-x"), "search", recorded=True)
-    with pytest.raises(UserError, match="ablate-x is a search, not an ablation: choose another --run.name"):
+    with pytest.raises(UserError, match="ablate-x is a search, not an ablation: choose another --run"):
         ablate(["--table", "table2", "--run.storage", str(tmp_path), "--run.name", "x"])
 
 

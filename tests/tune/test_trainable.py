@@ -10,7 +10,7 @@ from pipelines.storage import Store
 from pipelines.training import checkpoint
 from tests.tune.searches import arguments
 from tune.search import read_search, trial_config
-from tune.trainable import CELL, PretrainingTrial, StopSign, Study
+from tune.trainable import CELL, PretrainingTrial, Study, stop_sign
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def study(shards, tmp_path):
     search = read_search(arguments(tmp_path, shards, "--reports", "4")).search
     train, labelled, _ = check(search)
     config = trial_config(search, train.num_samples)
-    images, sign = Images(train, labelled, None), StopSign.remote()  # type: ignore[attr-defined]
+    images, sign = Images(train, labelled, None), stop_sign(())
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     return Study(config, images, None, "probe/linear_top1", "found", uri, None, True, {}, sign)
 
