@@ -1,6 +1,7 @@
 """Where the time of training steps goes: data, forward, backward, communication, optimiser."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ class StepClock:
 
     Args:
         device: Where the steps compute.
+        clock: Seconds, on a CPU.
     """
 
-    def __init__(self, device: torch.device):
-        self._device, self._on_gpu = device, device.type == "cuda"
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+        self._device, self._on_gpu, self._clock = device, device.type == "cuda", clock
         self._restart()
 
     def _restart(self) -> None:
@@ -45,7 +47,7 @@ class StepClock:
 
     def _stamp(self, part: str) -> None:
         if not self._on_gpu:
-            now = time.perf_counter()
+            now = self._clock()
             if part:
                 self._seconds[part] += now - self._last
             self._last = now
