@@ -29,7 +29,8 @@ def timing(turns: int, readings: list[tuple[float, float]]):
 
 
 # FLOPs of a step for one image of TINY, by hand: 16 patches of 48 values, 4 of them kept, 1 class token. A block of
-# width D takes 24 T D^2 + 4 T^2 D for T tokens; three times the forward pass, but for the gradient of the projection's input.
+# width D takes 24 T D^2 + 4 T^2 D for T tokens; three times the forward pass, but for the gradient of the projection's
+# input.
 PROJECTION = 2 * 4 * 48 * 24
 DECODER_BLOCK, HEAD = 24 * 17 * 16**2 + 4 * 17**2 * 16, 2 * 12 * 16 * 48
 LONG = PROJECTION + 24 * 17 * 24**2 + 4 * 17**2 * 24 + 2 * 17 * 24 * 16  # the encoder sees all 17 tokens

@@ -1,7 +1,5 @@
 """A trial by itself, as Tune drives it: what it trains between two reports, and where it ends."""
 
-import time
-
 import pytest
 
 from pipelines.pretrain import Images, check
@@ -33,9 +31,7 @@ def test_a_trial_that_is_stopped_trains_no_step_more(study, tmp_path):
     trial.setup(cell(0.5), study)
     reports = [trial.step(), trial.step()]
     assert [(one["step"], one["done"]) for one in reports] == [(6, False), (12, False)]
-    began = time.perf_counter()
     assert trial.reset_config(cell(0.75))
-    assert time.perf_counter() - began < 20
     stopped = tmp_path / "runs" / "found" / "trials" / reports[0]["trial"]
     # The next one in the same process goes to its end; what was stopped does nothing meanwhile.
     last = [trial.step() for _ in range(4)][-1]
