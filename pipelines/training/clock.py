@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
@@ -75,7 +74,7 @@ class StepClock:
         model.register_comm_hook(self, _all_reduce)
 
 
-def _all_reduce(clock: StepClock, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _all_reduce(clock: StepClock, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The mean of gradients over the workers, bit for bit as DDP takes it without a hook."""
     if bucket.is_last():
         clock.mark("backward")
