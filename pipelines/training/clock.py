@@ -74,7 +74,10 @@ class StepClock:
         model.register_comm_hook(self, _all_reduce)
 
 
-def _all_reduce(clock: StepClock, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _all_reduce(
+    clock: StepClock,
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]  # documented, and in no list of exports
+) -> torch.futures.Future[torch.Tensor]:
     """The mean of gradients over the workers, bit for bit as DDP takes it without a hook."""
     if bucket.is_last():
         clock.mark("backward")

@@ -83,11 +83,11 @@ def test_the_table_of_names_is_the_schemas(manifest, check):
             for one in value:
                 yield from places(one, schema["items"], path)
         elif isinstance(value, dict):
-            fields = schema.get("properties")
+            fields = schema.get("properties") or {}
             place = re.sub(r"^.*\.(headGroupSpec|workerGroupSpecs)\.template", "template", path)
-            yield place, set(fields) if fields else {"*"}
-            for key, below in value.items() if fields else ():
-                yield from places(below, fields[key], f"{path}.{key}" if path else key)
+            yield place, set(fields) or {"*"}
+            for key in value.keys() & fields.keys():
+                yield from places(value[key], fields[key], f"{path}.{key}" if path else key)
 
     assert table == dict(places(manifest, check.schema))
 
