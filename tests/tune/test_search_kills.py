@@ -104,7 +104,7 @@ def test_seconds_count_once_what_was_trained_before_a_death(tmp_path):
     trial = SimpleNamespace(config={})
 
     def report(step, seconds, replayed=False):
-        told = {"step": step, "score": 50.0, "seconds": seconds, "flops": 1.0, "probes": "{}"}
+        told = {"step": step, "score": 50.0, "seconds": seconds, "flops": 1.0, "probes": "{}", "random": "{}"}
         scheduler.on_trial_result(None, trial, {**told, "replayed": replayed, "stopped": False})  # type: ignore[arg-type]
 
     scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
