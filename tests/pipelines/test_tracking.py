@@ -157,7 +157,7 @@ def test_hung_server_costs_no_step_and_no_point(tmp_path: Path, mlflow_server: S
     eventually(all_arrived)
     assert steps_of(mlflow_server.uri, run_id) == list(range(2010))
     spool.close()
-    assert follower.stop(30)
+    assert follower.stop(60)
 
 
 @pytest.mark.timing
