@@ -298,12 +298,12 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked],
             planned=ready.planned,
             concurrent=room.concurrent,
             folder=store.location,
-            learned=lambda: _tell_best(journal, spool),
+            learned=lambda: tell_best(journal, spool),
         )
         ranked = ranking(journal.trials.values())
         text = _told(ready, journal, ranked)
         if ended:
-            _tell_best(journal, spool, ended=True)
+            tell_best(journal, spool, ended=True)
             _conclude(ready, journal, ranked, text, folder, spool)
         if not ended:
             # What was being trained ends here, and is sent to the record as that.
@@ -320,7 +320,7 @@ def _told(ready: _Ready, journal: Journal, ranked: Sequence[Ranked]) -> str:
     return "\n".join([table(ranked, encoders, search.objective), *said(ranked, encoders, ready.validation_size)])
 
 
-def _tell_best(journal: Journal, spool: Spool, *, ended: bool = False) -> None:
+def tell_best(journal: Journal, spool: Spool, *, ended: bool = False) -> None:
     """A point of the search's own record, over the number of reports: the score of what its table has first.
 
     Who is first may change after the last report, by the state of a trial: the end has a point of its own.

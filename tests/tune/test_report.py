@@ -6,9 +6,13 @@ import pytest
 from mae_core.probes import split_indices
 from pipelines.config import Config
 from pipelines.data.shards import Manifest
+from pipelines.spool import SPOOL_FILE, Spool, read_spool
+from pipelines.storage import Store
 from tests.tune.test_trial import trial
+from tune.journal import Cell, Journal
 from tune.parent import validation_size
 from tune.report import said, standard_error, table, untrained
+from tune.search import tell_best
 from tune.space import encoder_part
 from tune.trial import Trial, best_score, ranking
 
@@ -70,6 +74,26 @@ def test_the_best_is_what_the_table_has_first():
     trials = [trial(0.1, 94.0), trial(0.2, 96.0, state="stopped"), trial(0.3, 99.0, state="running")]
     assert best_score(ranking(trials)) == 94.0
     assert best_score([]) is None
+
+
+def test_the_record_has_the_best_score_of_the_table(tmp_path):
+    journal, spool = Journal(Store(str(tmp_path))), Spool(tmp_path)
+
+    def report(ratio, step, score, state):
+        journal.report(Cell({"model.mask_ratio": ratio}, 0), step, score, 1.0, 1.0, state, {})
+        tell_best(journal, spool)
+
+    # What a trial had on its way is no score of the search.
+    report(0.5, 75, 95.32, "running")
+    report(0.5, 100, 94.74, "finished")
+    report(0.7, 25, 95.91, "stopped")
+    tell_best(journal, spool, ended=True)
+    told = [(line["step"], line["metrics"]["search/best"]) for line, _ in read_spool(tmp_path / SPOOL_FILE) if line]
+    assert told == [(1, 95.32), (2, 94.74), (3, 94.74), (4, 94.74)]
+    assert "94.74 %" in table(ranking(journal.trials.values()), [], "linear").splitlines()[1]
+    # A search that goes on and has nothing to do says nothing twice.
+    tell_best(journal, spool, ended=True)
+    assert sum(1 for _ in read_spool(tmp_path / SPOOL_FILE)) == 4
 
 
 @pytest.mark.parametrize(("samples", "looked_at"), [(0, 400), (100, 100), (900, 400)])
