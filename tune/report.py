@@ -99,14 +99,14 @@ def said(ranked: Sequence[Ranked], untrained: Sequence[Untrained], num: int) -> 
     if not ranked or ranked[0].score is None:
         return []
     best, top = ranked[0], ranked[0].score
-    # Those of another state have scores of another step.
-    peers = [one.score for one in ranked if one.state == best.state and one.score is not None]
+    scores = [one.score for one in ranked if one.score is not None]
     noise = 2 * standard_error(top, num)
     # Scores are sums of floats: an image is an image.
-    ties, near = (sum(top - score <= width + 1e-6 for score in peers) for width in (100 / num, noise))
+    ties, near = (sum(top - score <= width + 1e-6 for score in scores) for width in (100 / num, noise))
+    early = "; those that were stopped by their last score" if any(one.state == "stopped" for one in ranked) else ""
     told = [
-        f"{ties} of {len(peers)} {best.state} within one image of the best, {near} within two standard errors "
-        f"({noise:.2f} points), n = {num}"
+        f"{ties} of {len(scores)} within one image of the best, {near} within two standard errors ({noise:.2f} points), "
+        f"n = {num}{early}"
     ]
     for one in untrained:
         if one.is_of(best.values):

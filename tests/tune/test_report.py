@@ -26,10 +26,14 @@ def scored(*correct: int, num=171):
 
 def test_ties_and_noise_are_counted_in_images():
     # Two standard errors of 162 of 171 are 3.42 points, which are 5.8 images.
-    ranked = ranking([*scored(162, 161, 161, 157, 156, 150), trial(0.9, 99.0, state="stopped")])
+    trials = scored(162, 161, 161, 157, 156, 150)
     assert 2 * standard_error(100 * 162 / 171, 171) == pytest.approx(3.416, abs=1e-3)
-    (told,) = said(ranked, [], 171)
-    assert told == "3 of 6 finished within one image of the best, 4 within two standard errors (3.42 points), n = 171"
+    (told,) = said(ranking(trials), [], 171)
+    assert told == "3 of 6 within one image of the best, 4 within two standard errors (3.42 points), n = 171"
+    # One that was ahead when it was stopped is no worse.
+    (told,) = said(ranking([*trials, trial(0.9, 99.0, state="stopped"), trial(0.8, None, state="failed")]), [], 171)
+    assert told.startswith("4 of 7 within one image of the best, 5 within")
+    assert told.endswith("n = 171; those that were stopped by their last score")
     assert said(ranking([trial(0.5, None, state="failed")]), [], 171) == []
 
 
