@@ -105,8 +105,8 @@ def said(ranked: Sequence[Ranked], untrained: Sequence[Untrained], num: int) -> 
     ties, near = (sum(top - score <= width + 1e-6 for score in scores) for width in (100 / num, noise))
     early = "; those that were stopped by their last score" if any(one.state == "stopped" for one in ranked) else ""
     told = [
-        f"{ties} of {len(scores)} within one image of the best, {near} within two standard errors ({noise:.2f} points), "
-        f"n = {num}{early}"
+        f"{ties} of {len(scores)} within one image of the best, {near} within two standard errors ({noise:.2f} points)"
+        f", n = {num}{early}"
     ]
     for one in untrained:
         if one.is_of(best.values):
