@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 SHARDS := shards/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos soak check install bench mlflow clean
+.PHONY: help demo test chaos timing soak check install bench mlflow clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ test: install ## run the tests
 
 chaos: install ## run the tests that kill more processes, for some minutes more
 	$(RUN) -m pytest -m chaos
+
+timing: install ## run the tests that judge wall-clock time; nothing else should run beside them
+	$(RUN) -m pytest -m timing
 
 soak: install ## a run on a cluster on this machine whose workers and nodes are killed, for 30 minutes
 	$(RUN) -m benchmarks.soak --minutes 30 --json soak.json

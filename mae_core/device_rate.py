@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -11,7 +12,12 @@ _SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns; large enough for the de
 
 
 @functools.cache
-def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+def matrix_rate(
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float = 0.3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """The best rate of square matrix products that some tenths of a second show, in FLOP/s.
 
     Measured once in a process for what it is asked for. The best, not the mean: what else the machine does only slows
@@ -21,23 +27,24 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
         device: Where they are multiplied.
         dtype: Of the matrices; float32 on a GPU is what ``torch.backends`` makes of it.
         seconds: How long, after one product that is not counted; one at least is.
+        clock: Seconds.
     """
     size = _SIZE[device.type]
     generator = torch.Generator().manual_seed(0)  # zeros would be multiplied faster than what a model has
     left, right = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     best, end = 0.0, None
     with torch.inference_mode():
-        while end is None or time.perf_counter() < end:
+        while end is None or clock() < end:
             turns = 8 if device.type == "cuda" else 1
             wait_for(device)
-            start = time.perf_counter()
+            start = clock()
             for _ in range(turns):
                 linear(left, right)
             wait_for(device)
             if end is None:  # the first one finds its kernel
-                end = time.perf_counter() + seconds
+                end = clock() + seconds
             else:
-                best = max(best, 2 * size**3 * turns / (time.perf_counter() - start))
+                best = max(best, 2 * size**3 * turns / (clock() - start))
     return best
 
 

@@ -257,7 +257,7 @@ class Probe(Section):
     samples: int = Field(default=0, ge=0)
     """Images of probe.train that the probes on the way use; 0: all. Those on the test data always use all."""
     early_share: float = Field(default=1.0, gt=0, le=1)
-    """Share of these images that all probes but the last look at, where a cheap glance is enough."""
+    """Share of these images that all probes but the first and the last look at, where a cheap glance is enough."""
     hold_mib: int = Field(default=256, ge=0)
     """MiB of pixels that a worker keeps from probe to probe, if its share of the images is no more; else they are read
     each time."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import USAGE_ERROR, UserError
+from pipelines.kinds import Kind, refuse_other
 from pipelines.reading import ReadError, ReadPolicy
 from pipelines.storage import Store
 
@@ -119,24 +120,31 @@ def leave_at_once(error: LeaseLostError) -> None:
 
 @contextlib.contextmanager
 def hold(
-    store: Store, what: str, on_loss: Callable[[LeaseLostError], None] = leave_at_once, timing: Timing = TIMING
+    store: Store,
+    what: str,
+    kind: Kind,
+    on_loss: Callable[[LeaseLostError], None] = leave_at_once,
+    timing: Timing = TIMING,
 ) -> Iterator[Lease]:
     """Holds the lease of a folder for the length of a block.
 
     Args:
         store: The folder.
         what: As messages name it: ``run 'cells'``.
+        kind: What it is: nothing of another kind may lie in the folder.
         on_loss: Called in a thread when somebody else has taken the lease: ends this process.
         timing: How it is watched.
 
     Raises:
-        UserError: Somebody else has it, and is alive.
+        UserError: Somebody else has it, and is alive; or the folder holds another kind of thing.
     """
+    refuse_other(store, kind)
     lease = Lease(store, _take(store, what, timing))
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(lease, ended, on_loss, timing), name="mae-lease", daemon=True)
     heart.start()
     try:
+        refuse_other(store, kind)  # once more: another command may have ended there meanwhile
         yield lease
     finally:
         ended.set()

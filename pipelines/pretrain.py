@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     config = resolve(read_config(argv))
     images = Images(*check(config))
-    with hold(Store(config.run.storage).child(config.run.name), f"run '{config.run.name}'") as lease:
+    with hold(Store(config.run.storage).child(config.run.name), f"run '{config.run.name}'", "run") as lease:
         return run(config, images, lease)
 
 

@@ -10,6 +10,7 @@ import pydantic
 
 from pipelines.config import Config, identity_hash
 from pipelines.errors import UserError
+from pipelines.kinds import SHOWN, kind_of
 from pipelines.storage import Store, absolute
 
 if TYPE_CHECKING:
@@ -28,11 +29,15 @@ def find_run(storage: str, name: str) -> Store:
         name: The run's name.
 
     Raises:
-        UserError: There is no such run; the text lists those with a similar name.
+        UserError: There is no such run; the text says what else has the name, or lists similar ones.
     """
     runs = Store(absolute(storage))
     if _NAME.fullmatch(name) and runs.child(name).exists(CONFIG):
         return runs.child(name)
+    if _NAME.fullmatch(name) and (kind := kind_of(runs.child(name))):
+        trials = runs.child(name).child("trials").shown()
+        way = f": its trials are runs of --storage {trials}" if kind in ("search", "ablation") else ""
+        raise UserError(f"'{name}' in {runs.shown()} is {SHOWN[kind]}, not {SHOWN['run']}{way}")
     names = [other for other in runs.names() if _NAME.fullmatch(other)]
     near = [other for other in difflib.get_close_matches(name, names, n=20, cutoff=0.5) if _is_run(runs, other)]
     if near:

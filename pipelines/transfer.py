@@ -25,6 +25,7 @@ from pipelines.config import Config
 from pipelines.data.shards import Manifest, load_index, load_manifest, need_labels, need_same_classes
 from pipelines.early import check_gpus
 from pipelines.errors import USAGE_ERROR, UserError, run_command
+from pipelines.kinds import WEIGHTS, refuse_other
 from pipelines.lease import Lease, hold
 from pipelines.runs import final_step, find_run
 from pipelines.spool import Spool
@@ -152,8 +153,11 @@ def check_classifier(transfer: Transfer, config: Config, num_classes: int) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     transfer = read_transfer(argv)
+    apart = Store(transfer.storage).child(f"{WEIGHTS}{Path(transfer.weights).stem}")
     # What is known at once is said at once.
-    if transfer.run:
+    if transfer.weights:
+        refuse_other(apart, "weights")
+    else:
         find_run(transfer.storage, transfer.run)
     check_gpus(transfer.scale)
     data = load_manifest(transfer.data.train), load_manifest(transfer.data.test)
@@ -178,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = units(transfer, depth)
     for unit in asked:
         check_classifier(unit, config, len(classes))
-    above = parent or Store(transfer.storage).child(f"weights-{Path(transfer.weights).stem}")
+    above = parent or apart
     digests: dict[str, Any] = {"train": data[0].digest, "test": data[1].digest}
     if transfer.protocol == "segment":
         digests["num_classes"] = len(classes)
@@ -200,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         stack.enter_context(connect(address=transfer.scale.address))
                         check_resources(transfer.scale, transfer.data.cpus_per_task)
                     try:
-                        with hold(store, f"the transfer {score_name(unit)}") as lease:
+                        with hold(store, f"the transfer {score_name(unit)}", "transfer") as lease:
                             _run(unit, config, state, data, len(classes), parent, store, values, lease)
                     except TransferFailedError as failed:
                         print(f"error: {score_name(unit)} failed: {failed}", file=sys.stderr)

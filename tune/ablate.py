@@ -25,6 +25,7 @@ from pipelines.cli import parse_with_file
 from pipelines.commands import command_line
 from pipelines.config import Config, flat, identity, total_steps, warmup_note
 from pipelines.errors import UserError, run_command
+from pipelines.kinds import TAG, refuse_other
 from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
 from pipelines.spool import redact
@@ -172,7 +173,7 @@ def describe(ablation: Ablation, images: Images | None = None) -> RunDescription
         experiment=ablation.run.experiment,
         name=_name(ablation),
         params=flat(pretraining(ablation)),
-        tags={"mae.kind": "ablation", **provenance.tags()},
+        tags={TAG: "ablation", **provenance.tags()},
         datasets=provenance.dataset_inputs(data),
     )
 
@@ -181,11 +182,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     started = time.perf_counter()
     ablation = read_ablation(argv)
+    refuse_other(_store(ablation), "ablation")
     if ablation.table == "table2":
         return _table2(ablation)
     ready = prepare(ablation)
     from pipelines.ray_session import connect
 
+    parent.refuse_other_trials(ready.store, ready.cells())
     store, who = ready.store, f"'{_name(ablation)}'"
     if store.exists(_FILE):
         parent.refuse_change(store, _FILE, who, definition(ready))
@@ -199,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"warning: {note}", flush=True)
     with ExitStack() as stack:
         if left:
-            lease = stack.enter_context(hold(store, who))
+            lease = stack.enter_context(hold(store, who, "ablation"))
             stack.enter_context(connect(address=ablation.scale.address))
             if not _train(ready, journal, left, lease):
                 print(f"{who} ended: the same command goes on with it")
@@ -226,7 +229,7 @@ def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell], lease: Lease)
     from ray.tune.schedulers import FIFOScheduler
 
     from tune.running import listed, run_trials, share
-    from tune.trainable import StopSign, Study
+    from tune.trainable import Study, stop_sign
 
     store, ablation, folder = ready.store, ready.ablation, RunFolder(ready.store)
     room = share(ready.config, ablation.concurrent)
@@ -246,7 +249,7 @@ def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell], lease: Lease)
         run_id,
         store.is_local,
         dict(journal.trials),
-        StopSign.remote(),  # type: ignore[attr-defined]
+        stop_sign(()),
         lease,
     )
     with parent.own_record(folder, store.is_local) as spool:

@@ -4,7 +4,8 @@
      "probes": {"probe/linear_top1": 41.2, "probe/knn_top1": 33.0}, "seconds": 61.3, "flops": 1.2e15,
      "state": "running", "time": 1795190000.1}
 
-A line without ``step`` tells only how a trial ended. A search that was killed reads its journal and goes on from there.
+A line without ``step`` tells only how a trial ended. The first report of a trial that scored its encoder before the
+first step has those scores too, as ``random``. A search that was killed reads its journal and goes on from there.
 """
 
 import dataclasses
@@ -74,6 +75,7 @@ class Journal:
         flops: float,
         state: State,
         probes: Mapping[str, float],
+        random: Mapping[str, float] | None = None,
     ) -> None:
         """Notes a probe's score, and what is decided about the trial.
 
@@ -85,8 +87,10 @@ class Journal:
             flops: Of training so far.
             state: ``running`` where it goes on.
             probes: All scores, by their names in the record.
+            random: Those of the encoder before its first step, where they are new.
         """
-        told = {"step": step, "score": score, "probes": dict(probes), "seconds": seconds, "flops": flops}
+        told: dict[str, Any] = {"step": step, "score": score, "probes": dict(probes)}
+        told |= {"seconds": seconds, "flops": flops} | ({"random": dict(random)} if random else {})
         self._add(cell, state, told)
 
     def begin(self, cell: Cell) -> None:
@@ -117,4 +121,5 @@ class Journal:
             changes |= {key: line[key] for key in ("seconds", "flops")}
             changes["scores"] = (*trial.scores, (line["step"], line["score"]))
             changes["probes"] = line.get("probes", {})
+            changes["random"] = line.get("random", trial.random)
         self.trials[name] = dataclasses.replace(trial, **changes)

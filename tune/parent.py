@@ -1,31 +1,37 @@
 """What stands above trials, of a search as of an ablation: one definition for a folder, and a record of its own."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
+from mae_core.probes import split_indices
 from pipelines.config import Config
+from pipelines.data.plan import Plan
 from pipelines.data.shards import Manifest
 from pipelines.errors import UserError
+from pipelines.kinds import refuse_other
 from pipelines.spool import SPOOL_FILE, Spool
 from pipelines.storage import Store
 from pipelines.tracking import send, start_follower
 from pipelines.training.runfolder import RunFolder
-from tune.journal import Journal
+from tune.journal import Cell, Journal
 
 
-def trial_config(config: Config, store: Store, every_epochs: float) -> Config:
+def trial_config(config: Config, store: Store, every_epochs: float, *, at_start: bool = False) -> Config:
     """What a trial has where nothing else is said: a place of its own, no test data, no pictures.
 
     Args:
         config: The user's, resolved.
         store: The folder above the trials.
         every_epochs: Epochs between probes; 0: one, at the end.
+        at_start: Whether untrained encoders are scored too, each shape once.
     """
     values = config.model_dump()
     values["run"] |= {"storage": store.path("trials")}
-    values["probe"] |= {"test": "", "at_start": False, "every_epochs": every_epochs}
+    values["probe"] |= {"test": "", "at_start": at_start, "every_epochs": every_epochs}
     values["log"] |= {"pictures": 0}
     return Config.model_validate(values)
 
@@ -39,6 +45,35 @@ def probed(config: Config, labelled: Manifest) -> dict[str, Any]:
     """
     keys = ("knn_k", "pool", "val_share", "crop_share", "samples")
     return {f"probe.{key}": getattr(config.probe, key) for key in keys} | {"probe.digest": labelled.digest}
+
+
+def refuse_other_trials(store: Store, cells: Iterable[Cell]) -> None:
+    """Sees that what lies where trials will be is theirs; writes nothing.
+
+    Args:
+        store: The folder above the trials.
+        cells: Those that are known.
+
+    Raises:
+        UserError: A place holds something else.
+    """
+    trials = store.child("trials")
+    for name in {cell.name for cell in cells} & set(trials.names()):
+        refuse_other(trials.child(name), "trial")
+
+
+def validation_size(config: Config, labelled: Manifest, seed: int) -> int:
+    """Images of the validation split on which the last probe of a trial scores, if all can be read and have a label.
+
+    Args:
+        config: Of the trials.
+        labelled: The data of their probes.
+        seed: Of the trial: each has a split of its own.
+    """
+    _, validation = split_indices(labelled.num_samples, config.probe.val_share, seed=seed)
+    num = min(config.probe.samples or labelled.num_samples, labelled.num_samples)
+    looked_at, _ = Plan(labelled.num_samples, seed=0, end=num, shuffle=num < labelled.num_samples).samples(0, num)
+    return int(np.isin(looked_at, validation).sum())
 
 
 def end_running(journal: Journal, store: Store) -> None:

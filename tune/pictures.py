@@ -59,7 +59,17 @@ def _without_scores(axes: Axes, empty: Literal["y", "both"]) -> None:
     axes.text(0.5, 0.5, "no trial has a score", transform=axes.transAxes, ha="center", color="0.4")
 
 
-def heat_map(trials: Sequence[Trial], x_key: str, y_key: str, path: Path) -> None:
+def _at_least(low: float, high: float, width: float) -> tuple[float, float]:
+    """A range about the same middle, no narrower than a width: what is less than noise is not to look like much."""
+    missing = max(0.0, width - (high - low)) / 2
+    return low - missing, high + missing
+
+
+def _widen(axes: Axes, noise: float) -> None:
+    axes.set_ylim(*_at_least(*axes.get_ylim(), noise))
+
+
+def heat_map(trials: Sequence[Trial], x_key: str, y_key: str, path: Path, noise: float) -> None:
     """Draws the accuracy over two keys, and on it the trials.
 
     A cell's colour is the mean of its finished configurations, each the mean of its seeds; a stopped trial colours
@@ -70,6 +80,7 @@ def heat_map(trials: Sequence[Trial], x_key: str, y_key: str, path: Path) -> Non
         x_key: What stands below.
         y_key: What stands beside.
         path: PNG file to write.
+        noise: Points that the colours span at least.
     """
     x, y = scale_of(trials, x_key), scale_of(trials, y_key)
     width, height = min(max(4.0, x.inches(0.55)), 11.0), min(max(3.0, y.inches(0.6)), 7.0)
@@ -86,7 +97,10 @@ def heat_map(trials: Sequence[Trial], x_key: str, y_key: str, path: Path) -> Non
     for place, scores in found.items():
         cells[place] = mean_interval(scores)[0]
     if found:
-        mesh = axes.pcolormesh(x.edges(), y.edges(), np.ma.masked_invalid(cells), cmap="viridis", alpha=0.5)
+        low, high = _at_least(float(np.nanmin(cells)), float(np.nanmax(cells)), noise)
+        mesh = axes.pcolormesh(
+            x.edges(), y.edges(), np.ma.masked_invalid(cells), cmap="viridis", alpha=0.5, vmin=low, vmax=high
+        )
         figure.colorbar(mesh, label=_ACCURACY)
     axes.set_xlim(x.edges()[0], x.edges()[-1])
     axes.set_ylim(y.edges()[0], y.edges()[-1])
@@ -116,7 +130,7 @@ def _heat_map_marks(axes: Axes, trials: Sequence[Trial], x: Scale, y: Scale) -> 
                 labels.put(at_x, at_y, text if below else f"({text})", offsets, color="black" if below else "0.25")
 
 
-def score_over(trials: Sequence[Trial], key: str, path: Path) -> None:
+def score_over(trials: Sequence[Trial], key: str, path: Path, noise: float) -> None:
     """Draws the accuracy over one key, as the paper's figure 5.
 
     Faint: every trial. The line: of each value the best finished configuration, mean and 95 % interval of its seeds.
@@ -125,6 +139,7 @@ def score_over(trials: Sequence[Trial], key: str, path: Path) -> None:
         trials: All of them.
         key: What stands below.
         path: PNG file to write.
+        noise: Points that the scale spans at least.
     """
     scale = scale_of(trials, key)
     width = min(max(6.0, scale.inches(0.4)), 11.0)
@@ -156,18 +171,22 @@ def score_over(trials: Sequence[Trial], key: str, path: Path) -> None:
     elif all(trial.score is None for trial in trials):
         _without_scores(axes, "y")
     _legend(figure, trials, more)
+    _widen(axes, noise)
     if points:
         x, y, _ = max(points, key=lambda point: point[1])
         Labels(axes, [point[:2] for point in points]).put(x, y, f"{y:.1f}", ring(), color=_BEST)
     figure.savefig(path)
 
 
-def stopping(trials: Sequence[Trial], path: Path) -> None:
-    """Draws every trial's score over its optimiser steps, the best one emphasised, and the steps where others ended.
+def stopping(trials: Sequence[Trial], path: Path, noise: float) -> None:
+    """Draws every trial's score over its optimiser steps, and the steps where trials ended.
+
+    The seeds of the best configuration, the table's first, are emphasised.
 
     Args:
         trials: All of them.
         path: PNG file to write.
+        noise: Points that the scale spans at least.
     """
     figure = _figure(8.0, 4.8, "Which trials were stopped, and where")
     axes = figure.subplots()
@@ -175,22 +194,23 @@ def stopping(trials: Sequence[Trial], path: Path) -> None:
     axes.set_ylabel(_ACCURACY)
     axes.grid(alpha=0.3, axis="y")
     scored = [trial for trial in trials if trial.scores]
-    finished = [trial for trial in scored if trial.state == "finished"]
-    best = max(finished or scored, key=lambda trial: trial.scores[-1][1], default=None)
+    best = next((one for one in ranking(trials) if one.score is not None), None)
     for trial in scored:
         style = _MARKS[trial.state] | {"linewidth": 1.0, "alpha": 0.6, "markersize": 5}
-        if trial is best:
+        if best is not None and trial.values == best.values:
             style |= {"color": _BEST, "linewidth": 2.5, "alpha": 1.0, "zorder": 3}
         # One mark: where it ended.
         axes.plot(*zip(*trial.scores, strict=True), markevery=[len(trial.scores) - 1], **style)
     more = []
     if best is not None:
         values = ", ".join(f"{short(key)} {shown(value)}" for key, value in best.values.items())
-        label = f"best: {values}, seed {best.seed}: {best.scores[-1][1]:.1f} %"
+        seeds = f", mean of {best.num_seeds} seeds" if best.num_seeds > 1 else ""
+        label = f"best: {values}: {best.score:.1f} %{seeds}"
         more.append(Line2D([], [], color=_BEST, linewidth=2.5, label=label))
     else:
         _without_scores(axes, "both")
     axes.set_xlim(left=0)
+    _widen(axes, noise)
     _rungs(axes, [trial.scores[-1][0] for trial in scored if trial.state == "stopped"])
     _legend(figure, trials, more, linestyle="-")
     figure.savefig(path)
@@ -212,7 +232,7 @@ def _rungs(axes: Axes, ends: Sequence[int]) -> None:
     top.set_xticks(ticks, [str(ends.count(rung)) for rung in ticks], fontsize=8)
 
 
-def cost(trials: Sequence[Trial], path: Path) -> None:
+def cost(trials: Sequence[Trial], path: Path, noise: float) -> None:
     """Draws the configurations' accuracy over what their training cost, in FLOPs and in seconds, a seed.
 
     The line is the Pareto front of the finished ones; its members bear their values.
@@ -220,6 +240,7 @@ def cost(trials: Sequence[Trial], path: Path) -> None:
     Args:
         trials: All of them.
         path: PNG file to write.
+        noise: Points that the scale spans at least.
     """
     keys = " · ".join(short(key) for key in trials[0].values)
     figure = _figure(12.0, 4.8, f"Accuracy and cost; on the front: {keys}")
@@ -242,6 +263,7 @@ def cost(trials: Sequence[Trial], path: Path) -> None:
         at_x, scores = [getattr(one, name) / unit for one in front], [one.score for one in front]
         axes.plot(at_x, scores, drawstyle="steps-post", **style)
     _legend(figure, trials, [Line2D([], [], label="Pareto front", **style)] if any(fronts) else [])
+    _widen(panels[0], noise)
     for axes, front, (name, unit, _) in zip(panels, fronts, _COSTS, strict=True):
         labels = Labels(axes, [(getattr(one, name) / unit, one.score or 0.0) for one in ranked])
         for one in front:

@@ -89,7 +89,8 @@ class JournalingScheduler(FIFOScheduler):
     def _note(self, trial: TuneTrial, result: dict[str, Any], state: Any) -> None:
         cell, probes = self._study.cell(trial.config), json.loads(result["probes"])
         seconds = self._died.get(cell.name, 0.0) + result["seconds"]
-        self._journal.report(cell, result["step"], result[SCORE], seconds, result["flops"], state, probes)
+        random = json.loads(result["random"])
+        self._journal.report(cell, result["step"], result[SCORE], seconds, result["flops"], state, probes, random)
 
 
 def asha(reports: int, reduction: int) -> TrialScheduler:

@@ -7,6 +7,7 @@ Every trial is an ordinary pretraining run under the search's folder. The same `
 with a search that was ended or killed.
 """
 
+import functools
 import json
 import math
 import os
@@ -24,17 +25,19 @@ from pipelines.cli import parse_with_file, to_toml
 from pipelines.commands import command_line
 from pipelines.config import Config, flat, identity, total_steps, warmup_note
 from pipelines.errors import UserError, run_command
+from pipelines.kinds import TAG, refuse_other
 from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
 from pipelines.pretrain import main as pretrain_main
 from pipelines.spool import Spool, redact
 from pipelines.storage import Store
-from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri
+from pipelines.tracking import RUN_FILE, RunDescription, create_run, resolve_tracking_uri, send
 from pipelines.training.runfolder import RunFolder
 from tune import parent
-from tune.journal import Cell, Journal, shown
+from tune.journal import Cell, Journal
+from tune.report import said, standard_error, table, untrained
 from tune.space import Space, check_points, load_space, with_values
-from tune.trial import Ranked, ranking
+from tune.trial import Ranked, Trial, best_score, ranking
 
 # PyTorch, timm and Ray are imported in functions: who mistypes a flag need not wait seconds for them.
 PROG = command_line("tune.search")
@@ -94,6 +97,8 @@ def pretraining(search: Search) -> Config:
 def trial_config(search: Search, num_samples: int) -> Config:
     """What a trial has where the space says nothing: no test data, no pictures, and as many probes as are asked for.
 
+    Of untrained encoders each shape is scored once, whichever trial does it.
+
     Args:
         search: The search, resolved.
         num_samples: Images of an epoch.
@@ -101,7 +106,7 @@ def trial_config(search: Search, num_samples: int) -> Config:
     config = pretraining(search)
     epochs = total_steps(config, num_samples) * config.batch.global_size / num_samples
     store = Store(config.run.storage).child(config.run.name)
-    return parent.trial_config(config, store, epochs / search.reports)
+    return parent.trial_config(config, store, epochs / search.reports, at_start=config.probe.at_start)
 
 
 def cells(search: Search, space: Space) -> list[Cell]:
@@ -132,35 +137,11 @@ def open_search(store: Store, search: Search, wanted: dict[str, Any]) -> None:
     if not store.exists("search.json"):
         if search.resume:
             raise UserError(f"no search '{name}' to resume in {search.run.storage}")
-        if store.exists("config.json"):
-            raise UserError(f"'{name}' is a pretraining run in {search.run.storage}: choose another --run.name")
         store.write("search.json", json.dumps(wanted, indent=2))
         return
     if not search.resume:
         raise UserError(f"search '{name}' exists: go on with it with --resume, or choose another --run.name")
     parent.refuse_change(store, "search.json", f"search '{name}'", wanted)
-
-
-def table(ranked: Sequence[Ranked], objective: str) -> str:
-    """The configurations, best first, as a table for the terminal."""
-    keys = sorted(ranked[0].values) if ranked else []
-    head = ["", *(key.split(".", 1)[1] for key in keys), f"{objective} top-1", "seeds", "PFLOP", "seconds", "state"]
-    rows = [head]
-    for place, one in enumerate(ranked, 1):
-        half = f" +- {one.half:.2f}" if one.half is not None else ""
-        score = f"{one.score:.2f} %{half}" if one.score is not None else "-"
-        rows.append(
-            [
-                str(place),
-                *(shown(one.values[key]) for key in keys),
-                score,
-                str(one.num_seeds or one.num_failed),
-                f"{one.flops / 1e15:.3g}",
-                f"{one.seconds:.0f}",
-                one.state,
-            ]
-        )
-    return parent.aligned(rows)
 
 
 def best_config(search: Search, best: Ranked) -> Config:
@@ -178,7 +159,7 @@ def describe(search: Search, space: Space, images: Images) -> RunDescription:
         experiment=search.run.experiment,
         name=search.run.name,
         params={**asked, **axes, **flat(pretraining(search))},
-        tags={"mae.kind": "search", **provenance.tags()},
+        tags={TAG: "search", **provenance.tags()},
         datasets=provenance.dataset_inputs({"train": images.train, "probe_train": images.labelled}),
     )
 
@@ -200,6 +181,14 @@ class _Ready:
     images: Images
     config: Config
     cells: list[Cell]
+
+    @functools.cached_property
+    def validation_size(self) -> int:
+        """Images on which a trial's last probe scores; the fewest over the seeds."""
+        labelled, config = self.images.labelled, self.config
+        assert labelled is not None
+        seeds = range(config.run.seed, config.run.seed + self.search.seeds)
+        return min(parent.validation_size(config, labelled, seed) for seed in seeds)
 
     @property
     def planned(self) -> int:
@@ -239,10 +228,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     search = ready.search
     store = Store(search.run.storage).child(search.run.name)
-    with hold(store, f"search '{search.run.name}'") as lease, connect(address=search.scale.address):
-        ended, ranked = _run(ready, store, lease)
+    refuse_other(store, "search")
+    parent.refuse_other_trials(store, ready.cells)
+    if search.final:
+        refuse_other(Store(search.run.storage).child(_final_name(search)), "run")
+    with hold(store, f"search '{search.run.name}'", "search") as lease, connect(address=search.scale.address):
+        ended, ranked, text = _run(ready, store, lease)
     minutes = (time.perf_counter() - started) / 60
-    print(f"\n{table(ranked, search.objective)}\n")
+    print(f"\n{text}\n")
     print(f"search '{search.run.name}' {'finished' if ended else 'ended'} in {minutes:.1f} min")
     if not ended:
         print(f"go on with it: {PROG} --resume and the same arguments")
@@ -257,17 +250,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return final(search, ranked[0], store) if search.final else 0
 
 
-def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]:
+def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked], str]:
     """Runs the trials, with the search's own record.
 
     Returns:
-        Whether all have ended, and the configurations, best first.
+        Whether all have ended; the configurations, best first; and what is to be said of them.
     """
     # Tune and its samplers take seconds to import: not for a mistake in the command.
     import ray
 
     from tune.running import listed, optuna, run_trials, share
-    from tune.trainable import StopSign, Study
+    from tune.trainable import Study, stop_sign
 
     search, space, config = ready.search, ready.space, ready.config
     room = share(config, search.concurrent)
@@ -282,6 +275,8 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]
     folder.push()
     steps = total_steps(config, ready.images.train.num_samples)
     known = f"; {len(journal.trials)} are known already" if journal.trials else ""
+    if (top := best_score(ranking(journal.trials.values()))) is not None:
+        known += f", the best of them at {top:.2f} %"
     print(f"search '{search.run.name}': {ready.planned} trials of {steps:,} steps, {room.concurrent} at once{known}",
           flush=True)  # fmt: skip
     if note := warmup_note(config, ready.images.train.num_samples):
@@ -296,7 +291,7 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]
         run_id,
         store.is_local,
         dict(journal.trials),
-        StopSign.remote(),  # type: ignore[attr-defined]
+        stop_sign(journal.trials.values()),
         lease,
     )
     with parent.own_record(folder, store.is_local) as spool:
@@ -310,24 +305,36 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]
             planned=ready.planned,
             concurrent=room.concurrent,
             folder=store.location,
-            learned=lambda: _tell_best(journal, spool),
+            learned=lambda: tell_best(journal, spool),
         )
         ranked = ranking(journal.trials.values())
+        text = _told(ready, journal, ranked)
         if ended:
-            _conclude(ready, journal, ranked, folder, spool)
+            tell_best(journal, spool, ended=True)
+            _conclude(ready, journal, ranked, text, folder, spool)
         if not ended:
             # What was being trained ends here, and is sent to the record as that.
             ray.shutdown()
             parent.end_running(journal, store)
         spool.status("FINISHED" if ended else "KILLED")
-    return ended, ranked
+    return ended, ranked, text
 
 
-def _tell_best(journal: Journal, spool: Spool) -> None:
-    """A point of the search's own record: the best score so far, over the reports of all trials."""
-    scores = [score for trial in journal.trials.values() for _, score in trial.scores]
-    if scores:
-        spool.metrics(len(scores), {"search/best": max(scores)})
+def _told(ready: _Ready, journal: Journal, ranked: Sequence[Ranked]) -> str:
+    """The table, and below it how far it is to be believed."""
+    search, trials = ready.search, journal.trials.values()
+    encoders = untrained(trials, OBJECTIVES[search.objective])
+    return "\n".join([table(ranked, encoders, search.objective), *said(ranked, encoders, ready.validation_size)])
+
+
+def tell_best(journal: Journal, spool: Spool, *, ended: bool = False) -> None:
+    """A point of the search's own record, over the number of reports: the score of what its table has first.
+
+    Who is first may change after the last report, by the state of a trial: the end has a point of its own.
+    """
+    reports = sum(len(trial.scores) for trial in journal.trials.values())
+    if (top := best_score(ranking(journal.trials.values()))) is not None:
+        spool.metrics(reports + ended, {"search/best": top})
 
 
 def _scheduler(search: Search) -> Any:
@@ -338,35 +345,68 @@ def _scheduler(search: Search) -> Any:
     return asha(search.reports, search.reduction) if search.scheduler == "asha" else FIFOScheduler()
 
 
-def _conclude(ready: _Ready, journal: Journal, ranked: Sequence[Ranked], folder: RunFolder, spool: Spool) -> None:
+def _conclude(
+    ready: _Ready, journal: Journal, ranked: Sequence[Ranked], text: str, folder: RunFolder, spool: Spool
+) -> None:
     """Writes the best recipe, the table and the pictures, and hands them to the record."""
     from tune import pictures
 
     search, trials = ready.search, list(journal.trials.values())
-    text = table(ranked, search.objective)
+    _tag_trials(ready, trials, ranked)
     folder.write("table.txt", text + "\n")
     spool.artifact("table.txt")
     if not ranked or ranked[0].score is None:
         return
-    told = f"Found by the search '{search.run.name}': {ranked[0].score:.2f} % on its validation split."
+    num = ready.validation_size
+    told = f"Found by the search '{search.run.name}': {ranked[0].score:.2f} % on its validation split, n = {num}."
     folder.write("best.toml", to_toml(best_config(search, ranked[0]), told))
     spool.artifact("best.toml")
     (folder.path / "pictures").mkdir(exist_ok=True)
     keys = [axis.key for axis in ready.space.axes]
-    drawn = {"stopping": lambda path: pictures.stopping(trials, path), "cost": lambda path: pictures.cost(trials, path)}
+    # Scores that differ by less look alike: the width of the 95 % interval of one of them.
+    noise = 4 * standard_error(ranked[0].score, num)
+    drawn = {
+        "stopping": lambda path: pictures.stopping(trials, path, noise),
+        "cost": lambda path: pictures.cost(trials, path, noise),
+    }
     for key in keys:
-        drawn[f"over-{key}"] = lambda path, key=key: pictures.score_over(trials, key, path)
+        drawn[f"over-{key}"] = lambda path, key=key: pictures.score_over(trials, key, path, noise)
     if len(keys) > 1:
-        drawn["heat-map"] = lambda path: pictures.heat_map(trials, keys[0], keys[1], path)
+        drawn["heat-map"] = lambda path: pictures.heat_map(trials, keys[0], keys[1], path, noise)
     for name, draw in drawn.items():
         draw(folder.path / "pictures" / f"{name}.png")
         spool.artifact(f"pictures/{name}.png", "pictures")
 
 
+def _tag_trials(ready: _Ready, trials: Sequence[Trial], ranked: Sequence[Ranked]) -> None:
+    """Writes into the record of each trial how it ended, and the place of its configuration in the table."""
+    runs = Store(ready.config.run.storage)
+    places = {tuple(sorted(one.values.items())): place for place, one in enumerate(ranked, 1) if one.score is not None}
+    for trial in trials:
+        store = runs.child(trial.name)
+        if not store.exists(RUN_FILE):
+            continue  # it failed before it had a record
+        tags = {"mae.state": trial.state}
+        if place := places.get(tuple(sorted(trial.values.items()))):
+            tags["mae.rank"] = str(place)
+        folder = RunFolder(store)
+        spool = Spool(folder.path)
+        spool.tags(tags)
+        spool.close()
+        if not store.is_local:
+            # On a disk the search's own follower sends it.
+            send(folder.path, timeout_s=30.0)
+            folder.push()
+
+
+def _final_name(search: Search) -> str:
+    return f"{search.run.name}-final"
+
+
 def final(search: Search, best: Ranked, store: Store) -> int:
     """Trains the best configuration longer, as a run of its own, which reads the test set at its end."""
     values = best_config(search, best).model_dump()
-    values["run"] |= {"name": f"{search.run.name}-final"}
+    values["run"] |= {"name": _final_name(search)}
     longer = {key: value * search.final_factor for key, value in values["train"].items() if key in ("steps", "epochs")}
     values["train"] |= {"epochs": longer["epochs"], "steps": math.ceil(longer["steps"])}
     text = to_toml(Config.model_validate(values), f"The best of the search '{search.run.name}', trained longer.")

@@ -213,6 +213,17 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     return changed
 
 
+def encoder_part(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a point's values that an untrained encoder's score depends on: not the decoder's, nor the training's."""
+    others = ("model.decoder", "model.mask", "model.target", "model.loss_on")
+    looks = ("data.channels", "train.precision")
+    return {
+        key: value
+        for key, value in values.items()
+        if key in looks or (key.startswith("model.") and not key.startswith(others))
+    }
+
+
 def check_points(config: Config, points: Iterable[Mapping[str, Any]]) -> None:
     """Finds what cannot be built before a trial does: builds each point's model without its memory.
 

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 from mae_core.flops import step_flops
 from pipelines.config import Config, total_steps
 from pipelines.console import make_console
+from pipelines.kinds import TAG, refuse_other
 from pipelines.lease import Lease
 from pipelines.pretrain import Images, describe, open_run, pretrain
 from pipelines.storage import Store
@@ -22,7 +23,7 @@ from pipelines.tracking import write_record
 from pipelines.training.build import build_model
 from pipelines.training.runfolder import RunFolder
 from tune.journal import Cell
-from tune.space import Space, with_values
+from tune.space import Space, encoder_part, with_values
 from tune.trial import Trial
 
 CELL = "cell"  # the key of Tune's configuration under which a listed trial stands
@@ -46,7 +47,7 @@ class Study:
         parent_run_id: The search's own MLflow run.
         followed: Whether the search's driver sends the record of its trials.
         past: What is known already of each trial, by the name of its run.
-        stop: Actor that says when all is to end.
+        stop: A ``StopSign``: says when all is to end.
         lease: The driver's, of the search's folder: without it nothing is written.
     """
 
@@ -97,10 +98,15 @@ class Study:
 
 @ray.remote(num_cpus=0)
 class StopSign:
-    """Tells the trials that the search ends."""
+    """Tells the trials that the search ends, and which of them scores the untrained encoder of its shape.
 
-    def __init__(self) -> None:
+    Args:
+        scored: The trials that have, by the shape's name.
+    """
+
+    def __init__(self, scored: Mapping[str, str]) -> None:
         self._raised = False
+        self._scoring = dict(scored)
 
     def put_up(self) -> None:
         """From now on no trial goes on."""
@@ -109,6 +115,24 @@ class StopSign:
     def is_up(self) -> bool:
         """Whether it is."""
         return self._raised
+
+    def is_first(self, shape: str, trial: str) -> bool:
+        """Whether a trial scores a shape's untrained encoder; once more where its process has died meanwhile."""
+        return self._scoring.setdefault(shape, trial) == trial
+
+
+def stop_sign(past: Iterable[Trial]) -> Any:
+    """Makes the ``StopSign`` of a search.
+
+    Args:
+        past: What is known already.
+    """
+    return StopSign.remote({shape_name(Cell(one.values, one.seed)): one.name for one in past if one.random})  # type: ignore[attr-defined]
+
+
+def shape_name(cell: Cell) -> str:
+    """Names what an untrained encoder's score depends on, of all that a search varies."""
+    return json.dumps([encoder_part(cell.values), cell.seed], sort_keys=True)
 
 
 class PretrainingTrial(ray.tune.Trainable):
@@ -164,15 +188,22 @@ class PretrainingTrial(ray.tune.Trainable):
                 self._run = None
                 return {"done": True, "aborted": True}
             for step, scores in run.scores(_POLL_S):
-                if step <= self._last_step:
+                if step == 0:
+                    self._random = scores
+                elif step <= self._last_step:
                     # Done again from a checkpoint before it; the journal has it.
                     run.go_on()
-                    continue
-                if step == run.steps:
-                    run.finish()
-                told = self._told(step, scores[self._study.objective])
-                # As text: of a last result Tune makes one flat dictionary.
-                return told | {"probes": json.dumps(scores), "done": step == run.steps}
+                else:
+                    return self._probed(run, step, scores)
+
+    def _probed(self, run: "_Run", step: int, scores: dict[str, float]) -> dict[str, Any]:
+        if step == run.steps:
+            run.finish()
+        told = self._told(step, scores[self._study.objective])
+        random, self._random = self._random, {}
+        # As text: of a last result Tune makes one flat dictionary.
+        told |= {"probes": json.dumps(scores), "random": json.dumps(random)}
+        return told | {"done": step == run.steps}
 
     def _begin(self, config: dict[str, Any]) -> None:
         # Raised here, it would count as a death of this process, and be tried again.
@@ -185,6 +216,7 @@ class PretrainingTrial(ray.tune.Trainable):
     def _open(self, config: dict[str, Any]) -> None:
         self._cell = self._study.cell(config)
         self._config = self._study.run_config(self._cell)
+        self._random: dict[str, float] = {}
         self._steps = total_steps(self._config, self._study.images.train.num_samples)
         with torch.device("meta"):
             self._step_flops = step_flops(build_model(self._config)).training * self._config.batch.global_size
@@ -194,6 +226,11 @@ class PretrainingTrial(ray.tune.Trainable):
         self._spent = self._known.seconds if self._known else 0.0
         self._began = time.perf_counter()
         ended = self._known is not None and self._known.state != "running"
+        if not ended and self._config.probe.at_start:
+            # Each shape of an encoder is scored untrained once, by the trial that is first to ask.
+            is_first = ray.get(self._study.stop.is_first.remote(shape_name(self._cell), self._cell.name))
+            probe = self._config.probe.model_copy(update={"at_start": is_first})
+            self._config = self._config.model_copy(update={"probe": probe})
         self._run = None if ended else _Run(self._study, self._config)
 
     def _end(self) -> bool:
@@ -264,14 +301,16 @@ class _Run:
     def _do(self) -> None:
         study, config = self._study, self._config
         try:
+            store = Store(config.run.storage).child(config.run.name)
+            refuse_other(store, "trial")
             result = open_run(config, study.images.train.digest)
             if result is not None:
                 # It had ended when the search was killed, before the search knew.
                 ray.get(self._console.score.remote(result["step"], result["scores"]))
                 return
-            folder = RunFolder(Store(config.run.storage).child(config.run.name))
+            folder = RunFolder(store)
             told = describe(config, study.images, study.parent_run_id)
-            tags = {**told.tags, "mae.kind": "trial", "mae.search": study.search}
+            tags = {**told.tags, TAG: "trial", "mae.search": study.search}
             write_record(folder.path, told.model_copy(update={"tags": tags}), tracking_uri=study.tracking_uri)
             folder.push()
             options = {"judged": True, "followed": study.followed, "here": study.here, "lease": study.lease}

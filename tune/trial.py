@@ -24,6 +24,7 @@ class Trial:
         flops: Of its training so far.
         reason: Why it failed.
         probes: All scores of the last report, by their names in the record.
+        random: Those of its encoder before the first step; empty where another trial of its shape has them.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Trial:
     flops: float
     reason: str = ""
     probes: Mapping[str, float] = field(default_factory=dict)
+    random: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def score(self) -> float | None:
@@ -93,6 +95,11 @@ def ranking(trials: Iterable[Trial]) -> list[Ranked]:
     """
     ranked = [summary(seeds) for seeds in configurations(trials)]
     return sorted(ranked, key=_place)
+
+
+def best_score(ranked: Sequence[Ranked]) -> float | None:
+    """The best score of a search, in percent: that of what its table has first; None while nothing has one."""
+    return ranked[0].score if ranked else None
 
 
 def _place(one: Ranked) -> tuple[int, float, float]:

@@ -89,15 +89,8 @@ class Manifest:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of names, content and classes: the same shards elsewhere are the same data."""
-        parts = [
-            self.split,
-            self.shard_names,
-            self.shard_lengths,
-            self.shard_bytes,
-            self.shard_digests,
-            self.classes,
-        ]
-        return hashlib.sha256(json.dumps(parts[1:]).encode()).hexdigest()
+        parts = [self.shard_names, self.shard_lengths, self.shard_bytes, self.shard_digests, self.classes]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def load_index(manifest: Manifest, shard: int, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIndex:

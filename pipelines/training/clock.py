@@ -1,11 +1,11 @@
 """Where the time of training steps goes: data, forward, backward, communication, optimiser."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
@@ -20,10 +20,11 @@ class StepClock:
 
     Args:
         device: Where the steps compute.
+        clock: Seconds, on a CPU.
     """
 
-    def __init__(self, device: torch.device):
-        self._device, self._on_gpu = device, device.type == "cuda"
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+        self._device, self._on_gpu, self._clock = device, device.type == "cuda", clock
         self._restart()
 
     def _restart(self) -> None:
@@ -45,7 +46,7 @@ class StepClock:
 
     def _stamp(self, part: str) -> None:
         if not self._on_gpu:
-            now = time.perf_counter()
+            now = self._clock()
             if part:
                 self._seconds[part] += now - self._last
             self._last = now
@@ -73,7 +74,10 @@ class StepClock:
         model.register_comm_hook(self, _all_reduce)
 
 
-def _all_reduce(clock: StepClock, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _all_reduce(
+    clock: StepClock,
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]  # documented, and in no list of exports
+) -> torch.futures.Future[torch.Tensor]:
     """The mean of gradients over the workers, bit for bit as DDP takes it without a hook."""
     if bucket.is_last():
         clock.mark("backward")

@@ -64,14 +64,17 @@ class Evaluation:
         start = time.perf_counter()
         self._model.eval()
         with self._left_out(done):
-            scores = self._prober.validate(self._model, self._job.probe_train, self._job.train, when_read)
+            # Before its first step the encoder is looked at as at the last: it is what the others are held against.
+            scores = self._prober.validate(
+                self._model, self._job.probe_train, self._job.train, when_read, last=not done
+            )
         self._model.train()
         self._tell_left_out(done)
         if self._spool:
             self._spool.metrics(done, scores)
             self._say(f"step {done} of {self._steps}  {_in_words(scores)}  ({time.perf_counter() - start:.0f} s)")
         self._draw(done)
-        return not done or self._verdict(done, scores)
+        return self._verdict(done, scores)
 
     def at_the_end(self) -> dict[str, float]:
         """The last probes, on the test data where there are some; all ranks call it.

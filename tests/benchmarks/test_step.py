@@ -53,7 +53,7 @@ def test_all_arms_have_done_the_same_steps(name, monkeypatch):
     _ask(here, "begin")
     _ask(here, "turn")
     here.close()
-    arm.join(30)
+    arm.join(120)
     assert not arm.is_alive()
     assert len(done) == 5
 

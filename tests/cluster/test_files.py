@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from pipelines.pretrain import read_config
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT.parent / "shared" / "schemas" / "rayjob-v1.json"
+FIELDS = Path(__file__).with_name("rayjob_fields.toml")
 MANIFEST = ROOT / "cluster" / "rayjob.yaml"
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
 
@@ -41,32 +44,85 @@ def manifest() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def check() -> Validator:
     if not SCHEMA.exists():
-        pytest.skip(f"no schema of KubeRay's RayJob at {SCHEMA}")
+        pytest.skip(f"held against the names in {FIELDS.name} alone: KubeRay's whole schema is not at {SCHEMA}")
     return jsonschema.Draft202012Validator(strict(json.loads(SCHEMA.read_text())))
+
+
+def named(value: Any, path: str = "") -> Iterator[tuple[str, set[str]]]:
+    """Each object of a manifest: where it stands, and the names of its fields; the pods of all groups as one."""
+    if isinstance(value, list):
+        for one in value:
+            yield from named(one, path)
+    elif isinstance(value, dict):
+        yield re.sub(r"^.*\.(headGroupSpec|workerGroupSpecs)\.template", "template", path), set(value)
+        for key, below in value.items():
+            yield from named(below, f"{path}.{key}" if path else key)
+
+
+def unknown(manifest: dict[str, Any]) -> list[str]:
+    """The fields of a manifest that the table of their names does not have."""
+    table = tomllib.loads(FIELDS.read_text())
+    return [
+        f"{path}: {name}"
+        for path, names in named(manifest)
+        if table.get(path) != ["*"]
+        for name in sorted(names - set(table.get(path, [])))
+    ]
+
+
+def test_the_manifest_has_no_field_without_a_name_in_the_table(manifest):
+    assert unknown(manifest) == []
+
+
+def test_the_table_of_names_is_the_schemas(manifest, check):
+    """Where the schema is: the table has all names of each place, and no other."""
+    table = {path: set(names) for path, names in tomllib.loads(FIELDS.read_text()).items()}
+
+    def places(value: Any, schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, set[str]]]:
+        if isinstance(value, list):
+            for one in value:
+                yield from places(one, schema["items"], path)
+        elif isinstance(value, dict):
+            fields = schema.get("properties") or {}
+            place = re.sub(r"^.*\.(headGroupSpec|workerGroupSpecs)\.template", "template", path)
+            yield place, set(fields) or {"*"}
+            for key in value.keys() & fields.keys():
+                yield from places(value[key], fields[key], f"{path}.{key}" if path else key)
+
+    assert table == dict(places(manifest, check.schema))
 
 
 def test_the_manifest_fits_the_schema(manifest, check):
     assert [f"{error.json_path}: {error.message}" for error in check.iter_errors(manifest)] == []
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        (("backofLimit",), 3),
-        (("backoffLimit",), "three"),
-        (("rayClusterSpec", "authOptions", "secret"), "mae-ray"),
-        (("rayClusterSpec", "workerGroupSpecs", 0, "replica"), 4),
-        (("rayClusterSpec", "workerGroupSpecs", 0, "template", "spec", "container"), []),
-        (("rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0, "resources", "limit"), {}),
-    ],
-)
-def test_a_mistake_in_the_manifest_is_found(manifest, check, path, value):
+MISTAKES = [
+    (("backofLimit",), 3),
+    (("rayClusterSpec", "authOptions", "secret"), "mae-ray"),
+    (("rayClusterSpec", "workerGroupSpecs", 0, "replica"), 4),
+    (("rayClusterSpec", "workerGroupSpecs", 0, "template", "spec", "container"), []),
+    (("rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0, "resources", "limit"), {}),
+]
+
+
+def with_mistake(manifest: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
     changed = json.loads(json.dumps(manifest))
     place = changed["spec"]
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    assert list(check.iter_errors(changed))
+    return changed
+
+
+@pytest.mark.parametrize(("path", "value"), MISTAKES)
+def test_a_name_that_no_field_has_is_found(manifest, path, value):
+    (found,) = unknown(with_mistake(manifest, path, value))
+    assert found.endswith(f": {path[-1]}")
+
+
+@pytest.mark.parametrize(("path", "value"), [*MISTAKES, (("backoffLimit",), "three")])
+def test_a_mistake_in_the_manifest_is_found(manifest, check, path, value):
+    assert list(check.iter_errors(with_mistake(manifest, path, value)))
 
 
 def test_the_job_is_a_run_that_can_go_on(manifest):
@@ -119,8 +175,6 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def test_the_image_is_pinned_and_not_root():
-    import tomllib
-
     said = instructions()
     (base,) = [what for word, what in said if word == "FROM"]
     version = re.fullmatch(r"python:(\d+)\.(\d+)\.\d+-[a-z-]+", base)
@@ -149,7 +203,6 @@ def test_what_the_image_copies_is_there_and_is_what_jobs_import():
 def test_the_images_list_of_dependencies_is_pyprojects(tmp_path):
     import subprocess
     import sys
-    import tomllib
 
     (line,) = [what for word, what in instructions() if "requirements.txt" in what]
     program = shlex.split(line.split(" > ")[0])

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from mae_core.augment import AUGMENTS, auto_augment, check_policy, color_jitter, fixed_size_crops
@@ -46,10 +47,27 @@ def test_a_policy_that_timm_does_not_know_is_refused():
         check_policy("best")
 
 
-def test_no_image_fails():
-    # Among so many are all operations, and the strongest that there are.
-    for sample in range(1500):
-        auto_augment(image(), "rand-m9-mstd0.5-inc1", (0, 0, sample))
+def test_the_pixels_are_those_of_the_operations():
+    """Among so many are all operations alone, and the strongest: each makes of an image what its definition says."""
+    pixels, found = image(), [augmented((0, 0, sample)) for sample in range(1500)]
+    picture, made = Image.fromarray(pixels), {one.tobytes() for one in found}
+    known = {
+        "nothing": pixels,
+        "invert": 255 - pixels,
+        "equalize": np.asarray(ImageOps.equalize(picture)),
+        "autocontrast": np.asarray(ImageOps.autocontrast(picture)),
+        "posterize to 1 bit, the strongest": pixels & np.uint8(128),
+    }
+    assert not [name for name, expected in known.items() if expected.tobytes() not in made]
+    solarized = {at for at in range(257) if np.where(pixels < at, pixels, 255 - pixels).tobytes() in made}
+    assert len(solarized & set(range(60))) > 10, "magnitude 9 of 10 leaves a tenth of the range, give or take"
+
+    def filled(one):
+        """Whole columns at the left that have moved in: the mean colour of ImageNet."""
+        return int(np.cumprod((one == (124, 116, 104)).all(axis=(0, 2))).sum())
+
+    # 45 % of 32, and a last column of which a part shows through.
+    assert max(map(filled, found)) in (13, 14)
 
 
 def boxes(kind, size, out_size=(32, 32), num=400, **key):

@@ -141,17 +141,30 @@ def test_from_any_step_follows_what_follows_without_a_stop(stream, whole):
             np.testing.assert_array_equal(pixels, whole[step][1])
 
 
-def test_executions_follow_one_another_without_a_pause(stream):
-    # A data set that is through in a moment, 240 epochs of it, many to an execution.
+def many_epochs(stream):
+    """A data set that is through in a moment, 240 epochs of it, many to an execution: its feed, and all is there."""
     stream = replace(
         stream, plan=Plan(300, seed=0), cut=Cut(300, 300, 1), view=replace(stream.view, image_size=(64, 64))
     )
-    began = time.monotonic()
     received, _, feeds = consume(stream, 1, num_tasks=4, steps=(0, 240), pause_s=0.05)
     assert [batch.index for batch in received[0]] == list(range(240))
-    changes = len(feeds[0].segments) - 1
-    assert changes >= 2
-    assert feeds[0].change_wait_s < 0.01 * (time.monotonic() - began)
+    assert len(feeds[0].segments) > 2
+    return feeds[0]
+
+
+def test_executions_follow_one_another(stream):
+    many_epochs(stream)
+
+
+@pytest.mark.timing
+def test_executions_follow_one_another_without_a_pause(stream):
+    feed = many_epochs(stream)
+    began = time.perf_counter()
+    next(Feed(stream, (0, 1), crew=join_crew(0, 1, num_cpus=0.5), num_tasks=4))
+    cold = time.perf_counter() - began
+    print(f"a change waits {feed.change_wait_s / (len(feed.segments) - 1):.3f} s, a first execution {cold:.3f} s")
+    # Made ready meanwhile; one after the other each would take as long as the first.
+    assert feed.change_wait_s < 0.5 * cold * (len(feed.segments) - 1)
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -293,14 +306,23 @@ def test_images_are_the_same_through_faults_of_their_store(served, shards):
     assert len(proxy.requests) - asked > 15, "some answers were broken, and asked for again"
 
 
+@pytest.mark.timing
 def test_a_task_ends_with_its_first_deadline(served):
     stream, proxy = served
+    stream = replace(stream, policy=ReadPolicy(deadline_s=4.0))
     proxy.rules = lambda _method, path, *_: Fault(status=503) if path.endswith(".tar") else None
     began = time.monotonic()
     with pytest.raises(ReadError, match="503"):
         list(readers.read_blocks(stream, [stream.layout.micro_batches((0, 2), 0, 0)]))
     # Fifteen pieces, eight at once: the others do not wait for deadlines of their own.
-    assert time.monotonic() - began < 3.5
+    assert time.monotonic() - began < 1.75 * 4.0
+
+
+def test_a_task_whose_store_stays_away_ends(served):
+    stream, proxy = served
+    proxy.rules = lambda _method, path, *_: Fault(status=503) if path.endswith(".tar") else None
+    with pytest.raises(ReadError, match="503"):
+        list(readers.read_blocks(stream, [stream.layout.micro_batches((0, 2), 0, 0)]))
 
 
 def joined(world_size):

@@ -20,6 +20,7 @@ from pipelines.data.plan import Plan
 from pipelines.errors import DIVERGED
 from pipelines.pretrain import main
 from pipelines.storage import Store
+from pipelines.training import checkpoint
 from pipelines.training.nonfinite import FILE, seen_before
 from pipelines.training.runfolder import RunFolder
 from tests.pipelines.test_pretrain import arguments, command, delivered, losses, points, recipe, steps_done
@@ -53,15 +54,23 @@ def test_workers_of_one_machine_are_counted_also_on_several_nodes():
 def test_what_is_not_finite_on_one_rank_is_skipped_by_all():
     told = in_ranks(rank)
     for number in range(2):
-        assert [bad for bad, _, _ in told[number]] == [0, 0, 1, 0, 1, 0]
+        assert [bad for bad, *_ in told[number]] == [0, 0, 1, 0, 1, 0]
         # What rank 0 wished has come to both, in that step.
-        assert [wishes for _, wishes, _ in told[number]] == [0, 3, 0, 0, 0, 0]
-        states = [state for _, _, state in told[number]]
+        assert [wishes for _, wishes, *_ in told[number]] == [0, 3, 0, 0, 0, 0]
+        states = [state for _, _, state, _ in told[number]]
         for bad in FAULTS:
             assert all(np.array_equal(a, b) for a, b in zip(states[bad - 1], states[bad], strict=True))
             assert not np.array_equal(states[bad][0], states[bad + 1][0])
             assert np.isfinite(states[bad + 1][0]).all()
     assert all(np.array_equal(a, b) for a, b in zip(told[0][5][2], told[1][5][2], strict=True))
+    # By hand, of the first step: each of 4 samples weighs a quarter, whoever computes it, and one of them nothing. The
+    # loss of one is the sum of 16 weights and, 4 times each, 4 biases, all 1: 32.
+    for number in range(2):
+        loss, norm, of_weight, of_bias = told[number][0][3]
+        assert loss == pytest.approx(0.75 * 32)
+        np.testing.assert_allclose(of_weight, np.full((4, 4), 0.75))
+        np.testing.assert_allclose(of_bias, np.full(4, 0.75 * 4))
+        assert norm == pytest.approx(0.75 * (16 * 1 + 4 * 16) ** 0.5)
 
 
 def test_the_same_place_is_known_again(tmp_path):
@@ -89,7 +98,8 @@ def test_a_run_that_always_goes_bad_ends_with_a_word_to_its_user(recipe, shards,
     plan = Plan(300, seed=0)
     for line in written:
         assert line["samples"] == plan.samples(line["step"] * 40, line["step"] * 40 + 40)[0].tolist()
-    assert not list((folder / "checkpoints").glob("*")) if rows[0] < 20 else True
+    # None was written in the row or after it.
+    assert checkpoint.steps(Store(str(folder)).child("checkpoints")) == [step for step in (40, 20) if step <= rows[0]]
     # The second time its points are written too.
     assert sum(values.get("train/nonfinite_steps", 0) for values in points(folder).values()) > 5
     from mlflow.tracking import MlflowClient

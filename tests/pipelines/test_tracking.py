@@ -91,7 +91,6 @@ def test_sqlite_from_beginning_to_continued_run(tmp_path: Path):
 def test_server_down_from_the_start_and_back_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     server = Server(tmp_path)
     folder = tmp_path / "runs" / "night"
-    began = time.monotonic()
     assert create_run(folder, description("night"), tracking_uri=server.uri, timeout_s=5) is None
     assert "not reachable" in capsys.readouterr().err
     spool = Spool(folder)
@@ -101,7 +100,6 @@ def test_server_down_from_the_start_and_back_later(tmp_path: Path, capsys: pytes
     spool.status("FINISHED")
     spool.close()
     assert not follower.stop(10)
-    assert time.monotonic() - began < 30
 
     down = sync("night", "--storage", str(tmp_path / "runs"))
     assert down.returncode == 2
@@ -137,18 +135,13 @@ def test_hung_server_costs_no_step_and_no_point(tmp_path: Path, mlflow_server: S
 
     mlflow_server.signal(signal.SIGSTOP)
     try:
-        seconds = []
+        # If each of these waited, for 3 s and more, this would take hours.
         for step in range(10, 2010):
-            began = time.perf_counter()
             write_steps(spool, range(step, step + 1))
-            seconds.append(time.perf_counter() - began)
             time.sleep(0.002)
-        assert np.quantile(seconds, 0.99) < 1e-3
         eventually(lambda: "no answer" in (folder / "sync.log").read_text())
         # A second run that starts now does not wait for the server either.
-        began = time.monotonic()
         assert create_run(tmp_path / "late", description("late"), tracking_uri=mlflow_server.uri, timeout_s=3) is None
-        assert time.monotonic() - began < 30
     finally:
         mlflow_server.signal(signal.SIGCONT)
 
@@ -164,7 +157,40 @@ def test_hung_server_costs_no_step_and_no_point(tmp_path: Path, mlflow_server: S
     eventually(all_arrived)
     assert steps_of(mlflow_server.uri, run_id) == list(range(2010))
     spool.close()
-    assert follower.stop(30)
+    assert follower.stop(60)
+
+
+@pytest.mark.timing
+def test_no_step_waits_for_a_hung_server(tmp_path: Path, mlflow_server: Server, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "waiting"
+    run_id = create_run(folder, description("waiting"), tracking_uri=mlflow_server.uri, timeout_s=60)
+    assert run_id is not None
+    spool = Spool(folder)
+
+    def longest(steps: range) -> float:
+        """Seconds of a step's lines, but for the slowest 1 %."""
+        seconds = []
+        for step in steps:
+            began = time.perf_counter()
+            write_steps(spool, range(step, step + 1))
+            seconds.append(time.perf_counter() - began)
+            time.sleep(0.002)
+        return float(np.quantile(seconds, 0.99))
+
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+        follower = start_follower(folder)
+    awake = longest(range(1000))
+    mlflow_server.signal(signal.SIGSTOP)
+    try:
+        hung = longest(range(1000, 2000))
+        print(f"{1e6 * awake:.0f} us a step, {1e6 * hung:.0f} us with a hung server")
+        # A request takes thousands of times as long as the line.
+        assert hung < 10 * max(awake, 1e-4)
+    finally:
+        mlflow_server.signal(signal.SIGCONT)
+    spool.close()
+    follower.stop(60)
 
 
 @pytest.mark.parametrize("what", ["points", "picture"])

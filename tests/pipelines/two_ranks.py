@@ -34,7 +34,11 @@ class _Sum(nn.Module):
 
 
 def rank(number: int, port: int, results: Any) -> None:
-    """Does six steps, and puts what each came to: whether it was bad, the wishes, the weight and its moments."""
+    """Does six steps, and puts what each came to.
+
+    That is whether it was bad, the wishes, the weight and its moments, and loss, gradient norm and gradients. Of the
+    four samples of a batch, one of rank 1 weighs nothing.
+    """
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
     torch.set_num_threads(1)
     model = _Sum()
@@ -44,14 +48,16 @@ def rank(number: int, port: int, results: Any) -> None:
     wrapped = nn.parallel.DistributedDataParallel(model)
     trainer = Trainer(wrapped, optimizer, Cut(4, 2, 2), masking, 0, one, one, device, contextlib.nullcontext)  # type: ignore[arg-type]
     rows = np.zeros(2, np.int64)
-    batch = MicroBatch(0, 0, np.zeros((2, 4, 4, 1), np.uint8), np.arange(2), rows, rows, np.ones(2, np.float32), [])
+    weight_B = np.array([1, 1 - number], np.float32)
+    batch = MicroBatch(0, 0, np.zeros((2, 4, 4, 1), np.uint8), np.arange(2), rows, rows, weight_B, [])
     told = []
     for step in range(6):
         model.fault = FAULTS.get(step, "") if number == 1 else ""
         wish = 3 if (step, number) == (1, 0) else 0
-        _, _, bad, wishes = train_step(trainer, iter([batch]), 1e-2, wish).tolist()
+        loss, norm, bad, wishes = train_step(trainer, iter([batch]), 1e-2, wish).tolist()
         moments = [value.numpy().copy() for value in optimizer.state[model.weight].values()]
-        told.append((bad, wishes, [model.weight.detach().numpy().copy(), *moments]))
+        gradients = [parameter.grad.numpy().copy() for parameter in (model.weight, model.bias)]  # type: ignore[union-attr]
+        told.append((bad, wishes, [model.weight.detach().numpy().copy(), *moments], (loss, norm, *gradients)))
     results.put((number, told))
     results.close()
     results.join_thread()

@@ -102,8 +102,35 @@ def test_a_search_finds_a_recipe_and_leaves_nothing_behind(command, tmp_path, ca
         told = trials[run.info.run_name]
         assert run.data.params["model.mask_ratio"] == str(told["values"]["model.mask_ratio"])
         history = client.get_metric_history(run.info.run_id, "probe/linear_top1")
-        assert [point.step for point in history] == told["steps"]
-    assert parent.data.metrics["search/best"] >= max(scores.values())
+        assert [point.step for point in history if point.step] == told["steps"]
+    # One best score: in the table, in the record, in the recipe and in the picture.
+    table = (folder / "table.txt").read_text()
+    assert table in out
+    assert f" {scores[first]:.2f} %" in table.splitlines()[1]
+    assert parent.data.metrics["search/best"] == scores[first]
+    # Every score is a number of whole images of the split whose size is said; one image of the fixture is broken.
+    num = int(table.rpartition("n = ")[2].split()[0].strip(";"))
+    images = [score * num / 100 for score in scores.values()]
+    assert images == pytest.approx([round(one) for one in images])
+    assert f"{scores[first]:.2f} % on its validation split, n = {num}." in (folder / "best.toml").read_text()
+    last = {value["trial"]: value["score"] for line in (folder / "journal.jsonl").read_text().splitlines()
+            if "score" in (value := json.loads(line)) and value["trial"] in trials}  # fmt: skip
+    ties = sum(scores[first] - score < 100.01 / num for score in last.values())
+    assert f"{ties} of {len(trials)} within one image of the best" in table
+    # The untrained encoder, which all share, was scored by one of them.
+    (untrained,) = [line for line in table.splitlines() if line.lstrip().startswith("- ")]
+    assert untrained.endswith("random encoder")
+    assert untrained.split()[:3] == ["-", "any", "any"]
+    (random,) = [value["random"] for line in (folder / "journal.jsonl").read_text().splitlines()
+                 if "random" in (value := json.loads(line))]  # fmt: skip
+    assert f"{random['probe/linear_top1']:.2f} %" in untrained
+    # Its place in the table and its state stand on each trial, where the UI can sort by them.
+    places = {line.split()[1]: line.split() for line in table.splitlines()[1:3]}  # behind them are those that failed
+    for run in children:
+        name = run.info.run_name
+        assert run.data.tags["mae.state"] == (trials | broken)[name]["state"]
+        row = places[run.data.params["model.mask_ratio"]] if name in trials else None
+        assert run.data.tags.get("mae.rank") == (row[0] if row else None)
     pictures = {Path(file.path).name for file in client.list_artifacts(parent.info.run_id, "pictures")}
     assert {"heat-map.png", "cost.png", "stopping.png", "over-model.mask_ratio.png"} <= pictures
 
@@ -161,7 +188,7 @@ def test_seeds_are_ranked_by_their_mean_and_the_best_reads_the_test_set_once(
 
     means = {ratio: (by_seed[0] + by_seed[1]) / 2 for ratio, by_seed in scores.items()}
     ranked = sorted(means, key=lambda ratio: -means[ratio])
-    rows = [line.split() for line in (folder / "table.txt").read_text().splitlines()[1:]]
+    rows = [line.split() for line in (folder / "table.txt").read_text().splitlines()[1:3]]
     for place, (row, ratio) in enumerate(zip(rows, ranked, strict=True), 1):
         # Student's t of one degree of freedom: 12.706, and the standard error of two is half their distance.
         half = 12.706 * abs(scores[ratio][0] - scores[ratio][1]) / 2

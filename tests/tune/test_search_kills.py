@@ -104,7 +104,7 @@ def test_seconds_count_once_what_was_trained_before_a_death(tmp_path):
     trial = SimpleNamespace(config={})
 
     def report(step, seconds, replayed=False):
-        told = {"step": step, "score": 50.0, "seconds": seconds, "flops": 1.0, "probes": "{}"}
+        told = {"step": step, "score": 50.0, "seconds": seconds, "flops": 1.0, "probes": "{}", "random": "{}"}
         scheduler.on_trial_result(None, trial, {**told, "replayed": replayed, "stopped": False})  # type: ignore[arg-type]
 
     scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
@@ -146,6 +146,8 @@ def test_an_interrupted_search_goes_on_where_it_was(shards, tmp_path, short_fold
     kept = reports(folder)
     done = subprocess.run([*run, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+    (known,) = [line["score"] for line in kept if line["state"] == "finished"]
+    assert f"; 2 are known already, the best of them at {known:.2f} %" in done.stdout
     after = journal(folder)
     assert {one["state"] for one in after.values()} == {"finished"}
     assert len(after) == 3

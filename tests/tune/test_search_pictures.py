@@ -104,10 +104,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_everything_written_can_be_read(case, figures, tmp_path):
     some = CASES[case]
-    heat_map(some, RATIO, WIDTH, tmp_path / "heat.png")
-    score_over([dataclasses.replace(one, values={RATIO: one.values[RATIO]}) for one in some], RATIO, tmp_path / "o.png")
-    stopping(some, tmp_path / "stopping.png")
-    cost(some, tmp_path / "cost.png")
+    heat_map(some, RATIO, WIDTH, tmp_path / "heat.png", 1.0)
+    score_over(
+        [dataclasses.replace(one, values={RATIO: one.values[RATIO]}) for one in some], RATIO, tmp_path / "o.png", 1.0
+    )
+    stopping(some, tmp_path / "stopping.png", 1.0)
+    cost(some, tmp_path / "cost.png", 1.0)
     assert len(list(tmp_path.glob("*.png"))) == len(figures) == 4
     for figure in figures:
         assert_readable(figure)
@@ -118,14 +120,43 @@ def test_a_cell_is_the_mean_of_its_finished_seeds(figures, tmp_path):
     scored = [dataclasses.replace(one, scores=((9, 50.0),)), dataclasses.replace(two, scores=((9, 60.0),), seed=1)]
     other = of(MANY[2:3], values={RATIO: 0.7, WIDTH: 64}, state="finished", scores=((9, 40.0),))
     stopped = of(MANY[2:3], values={RATIO: 0.7, WIDTH: 32}, state="stopped", scores=((3, 30.0),))
-    heat_map(scored + other + stopped, RATIO, WIDTH, tmp_path / "heat.png")
+    heat_map(scored + other + stopped, RATIO, WIDTH, tmp_path / "heat.png", 1.0)
     (mesh,) = (found for found in figures[0].axes[0].collections if isinstance(found, QuadMesh))
     assert np.ma.asarray(mesh.get_array()).filled(-1).tolist() == [[55.0, -1.0], [-1.0, 40.0]]
     assert {text.get_text() for text in figures[0].axes[0].texts} == {"55.0", "40.0", "(30.0)"}
 
 
+def test_scores_within_noise_have_one_colour_and_one_height(figures, tmp_path):
+    close = [dataclasses.replace(one, state="finished", scores=((9, 90.0 + 0.1 * i),)) for i, one in enumerate(MANY)]
+    noise = 6.0
+    heat_map(close, RATIO, WIDTH, tmp_path / "heat.png", noise)
+    score_over(close, RATIO, tmp_path / "o.png", noise)
+    stopping(close, tmp_path / "stopping.png", noise)
+    cost(close, tmp_path / "cost.png", noise)
+    heat, *others = (figure.axes[0] for figure in figures)
+    (mesh,) = (found for found in heat.collections if isinstance(found, QuadMesh))
+    assert mesh.get_clim() == pytest.approx((91.15 - 3, 91.15 + 3))
+    for axes in others:
+        low, high = axes.get_ylim()
+        assert high - low == pytest.approx(noise)
+        assert low < 90 < 92.3 < high
+    far = [dataclasses.replace(one, scores=((9, 10.0 + 3 * i),)) for i, one in enumerate(close)]
+    heat_map(far, RATIO, WIDTH, tmp_path / "heat.png", noise)
+    (mesh,) = (found for found in figures[-1].axes[0].collections if isinstance(found, QuadMesh))
+    assert mesh.get_clim() == pytest.approx((10.0, 10.0 + 3 * 23))
+
+
+def test_the_best_of_a_picture_is_the_tables(figures, tmp_path):
+    # The best single run belongs to the configuration with the worse mean.
+    made = [Trial(f"t{i}", {RATIO: ratio, WIDTH: 32}, i % 2, ((9, score),), "finished", 1.0, 1e12)
+            for i, (ratio, score) in enumerate([(0.5, 72.0), (0.5, 60.0), (0.7, 69.0), (0.7, 71.0)])]  # fmt: skip
+    stopping(made, tmp_path / "stopping.png", 1.0)
+    label = "best: mask_ratio 0.7, decoder_width 32: 70.0 %, mean of 2 seeds"
+    assert label in {text.get_text() for text in texts(figures[0])}
+
+
 def test_widths_stand_on_a_logarithmic_axis_at_their_own_ticks(figures, tmp_path):
-    heat_map(MANY, RATIO, WIDTH, tmp_path / "heat.png")
+    heat_map(MANY, RATIO, WIDTH, tmp_path / "heat.png", 1.0)
     axes = figures[0].axes[0]
     assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "log")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["32", "64", "128", "256"]
@@ -135,7 +166,9 @@ def test_the_line_over_a_key_goes_through_the_best_of_each_value(figures, tmp_pa
     seeds = [of(MANY[:1], values={RATIO: ratio, WIDTH: width}, seed=seed, state="finished", scores=((9, score),))[0]
              for ratio, width, seed, score in
              [(0.5, 32, 0, 50.0), (0.5, 32, 1, 52.0), (0.5, 64, 0, 45.0), (0.7, 64, 0, 60.0)]]  # fmt: skip
-    score_over([*seeds, *of(seeds[:1], state="stopped", values={RATIO: 0.9, WIDTH: 32})], RATIO, tmp_path / "o.png")
+    score_over(
+        [*seeds, *of(seeds[:1], state="stopped", values={RATIO: 0.9, WIDTH: 32})], RATIO, tmp_path / "o.png", 1.0
+    )
     axes = figures[0].axes[0]
     (bars,) = axes.containers
     assert np.array(bars[0].get_xydata()).tolist() == [[0.5, 51.0], [0.7, 60.0]]  # pyright: ignore
@@ -144,7 +177,7 @@ def test_the_line_over_a_key_goes_through_the_best_of_each_value(figures, tmp_pa
 
 
 def test_the_steps_where_trials_were_stopped_are_counted(figures, tmp_path):
-    stopping(MANY, tmp_path / "stopping.png")
+    stopping(MANY, tmp_path / "stopping.png", 1.0)
     axes = figures[0].axes[0]
     ends = [trial.scores[-1][0] for trial in MANY if trial.state == "stopped"]
     assert set(ends) == {500, 1500}
@@ -154,10 +187,10 @@ def test_the_steps_where_trials_were_stopped_are_counted(figures, tmp_path):
     low, high = axes.get_xlim()
     assert low == 0
     assert high >= 4500
-    assert "best: mask_ratio 0.7, decoder_width 128, seed 0: 60.0 %" in {text.get_text() for text in texts(figures[0])}
+    assert "best: mask_ratio 0.7, decoder_width 128: 60.0 %" in {text.get_text() for text in texts(figures[0])}
 
 
 def test_the_front_bears_its_values(figures, tmp_path):
-    cost(MANY, tmp_path / "cost.png")
+    cost(MANY, tmp_path / "cost.png", 1.0)
     for axes in figures[0].axes:
         assert [text.get_text() for text in axes.texts] == ["0.7 · 64", "0.7 · 128"]

@@ -71,6 +71,8 @@ def test_a_search_in_an_object_store(shards, tmp_path, short_folder, monkeypatch
         assert name is not None
         assert run.data.metrics["probe/linear_top1"] == trials[name].score
         assert run.info.status == "FINISHED"
+        assert run.data.tags["mae.state"] == "finished"
+    assert sorted(run.data.tags["mae.rank"] for run in below.values()) == ["1", "2"]
 
 
 @pytest.mark.chaos
