@@ -22,6 +22,7 @@ from pipelines.data.lookup import find_keys, key_of, read_samples
 from pipelines.data.readers import View
 from pipelines.data.shards import load_index, load_manifest, need_labels, need_same_classes
 from pipelines.errors import UserError, run_command
+from tests.stores import range_server
 
 
 def picture(seed: int) -> bytes:
@@ -331,6 +332,28 @@ def test_the_index_of_a_store_that_is_only_read_lies_elsewhere(tmp_path):
         path.unlink()
     with pytest.raises(UserError, match=r"own-0000\.tar should have"):
         load_manifest(str(tmp_path / "index"))
+
+
+def test_a_web_servers_splits_are_indexed_elsewhere(tmp_path):
+    folder = write_shards(tmp_path / "tars", x0=["a.jpg"], x1=[("b.png", picture(1))], x2=[("c.jpg", picture(2))])
+    splits = {"train": {"filenames": ["x0.tar"]}, "validation": {"filenames": ["x1.tar", "x2.tar"]}}
+    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
+    index = tmp_path / "index"
+    with range_server(folder) as address:
+        with pytest.raises(UserError, match="keep the index elsewhere, by --index-to DIR"):
+            check_shards.main([address, "--write", "--split", "validation"])
+        signed = f"{address}?signature=secret"
+        with pytest.raises(UserError, match="password or signature"):
+            check_shards.main([signed, "--write", "--split", "validation", "--index-to", str(index)])
+        assert check_shards.main([address, "--write", "--split", "validation", "--index-to", str(index)]) == 0
+        manifest = load_manifest(str(index))
+        assert (manifest.location, manifest.shard_names) == (address, ("x1.tar", "x2.tar"))
+        (read,) = read_samples(manifest, find_keys(manifest, ["c", "b"]), View((16, 16), 3, crop_share=1.0))
+        np.testing.assert_array_equal(read.images_BHWC[0], decode(picture(2)))
+        assert check_shards.main([str(index), "--decode"]) == 0
+        assert check_shards.main([address, "--write", "--split", "train", "--index-to", str(index)]) == 0
+        assert load_manifest(f"{index}/x0.tar").split == "train"
+        assert load_manifest(f"{index}/x1.tar").split == "validation"
 
 
 def test_class_names_come_from_a_file_or_from_other_shards(tmp_path):
