@@ -219,19 +219,19 @@ def _choose_split(asked: str, store: Store, tars: list[str], known: dict[str, di
     by_name: dict[str, list[str]] = {}
     for name in tars:
         by_name.setdefault(named_split(name), []).append(name)
-    told = sorted(name for name in by_name if name)
+    splits = sorted(name for name in by_name if name)
     if not tars or len(known) > 1:
         names = [str(name) for name in known.get(split, {}).get("filenames", ())]
         if names:
             return split, names
-        if len(told) < 2:
+        if len(splits) < 2:
             raise UserError(f"{store.path(INFO)} describes the splits {', '.join(known)}: name one by --split")
-    if len(told) < 2:
+    if len(splits) < 2:
         return split or "train", tars
     names = by_name.get(split_of(split), []) if split_of(split) else []
     if not names:
-        shown = ", ".join(f"{name} ({len(by_name[name])} tars)" for name in told)
-        raise UserError(f"{store.shown()} holds shards of several splits, {shown}: name one by --split {told[-1]}")
+        shown = ", ".join(f"{name} ({len(by_name[name])} tars)" for name in splits)
+        raise UserError(f"{store.shown()} holds shards of several splits, {shown}: name one by --split {splits[-1]}")
     if rest := by_name.get(""):
         print(f"left out: {len(rest)} tars whose names tell no split ({printable(', '.join(rest[:3]))})")
     return split, names
