@@ -17,11 +17,13 @@ from webdataset.writer import ShardWriter
 
 from mae_core.images import decode
 from pipelines import check_shards
+from pipelines.config import Config, Data, Probe
 from pipelines.data.index import KeyRule, TarContents, index_tar, read_tar
 from pipelines.data.lookup import find_keys, key_of, read_samples
 from pipelines.data.readers import View
 from pipelines.data.shards import load_index, load_manifest, need_labels, need_same_classes
 from pipelines.errors import UserError, run_command
+from pipelines.pretrain import check as check_run
 from tests.stores import range_server
 
 
@@ -374,6 +376,31 @@ def test_class_names_come_from_a_file_or_from_other_shards(tmp_path):
         UserError, match=r"label 0 is 'cat' in the one and '犬' in the other; pack data\.test with --classes"
     ):
         need_same_classes("data.train", manifest, "data.test", replace(manifest, classes=manifest.classes[1:]))
+
+
+def test_a_run_refuses_splits_that_are_mixed_or_numbered_otherwise(tmp_path):
+    members = [(f"{n}.jpg", picture(n)) for n in range(4)] + [(f"{n}.cls", str(n % 2).encode()) for n in range(4)]
+    both = write_shards(tmp_path / "both", train_0=members, test_0=members)
+    names = {"known": "cat\ndog\n", "other": "dog\ncat\n"}
+    for name, text in names.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    for split, name in (("train", "known"), ("test", "other")):
+        assert check(both, "--write", "--split", split, "--classes", str(tmp_path / f"{name}.txt")) == 0
+    words = write_shards(tmp_path / "words", a_0=[*members[:4], ("0.cls", b"cat")])
+    assert check(words, "--write") == 0
+
+    def refusal(train: Path | str, *probe: Path | str) -> str:
+        probes = dict(zip(("train", "test"), map(str, probe), strict=False))
+        with pytest.raises(UserError) as caught:
+            check_run(Config(data=Data(train=str(train)), probe=Probe(**probes)))
+        return str(caught.value)
+
+    assert "describes the splits train, test" in refusal(both)
+    assert "label 0 is 'cat' in the one and 'dog'" in refusal(
+        both / "train-0.tar", both / "train-0.tar", both / "test-*.tar"
+    )
+    assert "probe.train: the shards in" in (line := refusal(words, words))
+    assert "'0.cls' holds b'cat'" in line
 
 
 def test_names_of_any_bytes_survive_to_the_end(tmp_path):
