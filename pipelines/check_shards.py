@@ -50,6 +50,7 @@ _MOST_CLASSES = 1_000_000
 _REPORT_EVERY_S = 3.0
 # What one process has looked at before Ray has started.
 _FEW_BYTES, _FEW_BYTES_DECODED = 1 << 30, 64 << 20
+_FEW_ASKED = 16
 
 
 class CheckShards(BaseModel):
@@ -240,7 +241,9 @@ def _choose_split(asked: str, store: Store, tars: list[str], known: dict[str, di
 def _index_all(
     args: CheckShards, store: Store, indexes: Store, names: list[str], sizes: dict[str, int] | None
 ) -> Iterator[Checked]:
-    total = sum((sizes or {}).get(name, _FEW_BYTES) for name in names)
+    if sizes is None:  # a web server, which is asked for each
+        sizes = {name: store.size(name) or 0 for name in names[:_FEW_ASKED]}
+    total = sum(sizes.get(name, _FEW_BYTES) for name in names)
     try:
         yield from _run(args, store, names, total, indexes=indexes)
     except OSError as error:

@@ -328,6 +328,8 @@ def test_a_split_is_numbered_as_another(tmp_path, capsys):
         manifest = pack(test, tmp_path / f"test-{n}", "--split", "test", "--classes", str(classes))
         assert manifest.classes == known.classes
         assert {key: label for key, (_, label, _) in read_samples(manifest).items()} == {"a_0": 0, "c_1": 2}
+    one = write_folder(tmp_path / "one", {"b/1.jpg": picture(1)})
+    assert read_samples(pack(one, tmp_path / "out-one", "--classes", str(tmp_path / "shards")))["b_1"][1] == 1
     line = refused(capsys, "--source", str(train), "--out", str(tmp_path / "x"), "--classes", str(tmp_path / "alone"))
     assert "the folder 'b'" in line
     assert "none of the 2 of --classes" in line
