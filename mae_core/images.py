@@ -5,6 +5,7 @@ whole block at once: for tiny images the Python around the decoder costs as much
 """
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -40,6 +41,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _EXIF_MAGIC = b"Exif\0\0"
 # APP1 comes first or right after JFIF in practice, and no segment is longer than this.
 _EXIF_WITHIN = 1 << 16
@@ -123,8 +125,10 @@ def _orientation(file: Image.Image) -> int:
         return found
     try:
         return file.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # metadata that is damaged says nothing, and takes no pixel with it
-        return 1
+    except Exception:  # an EXIF that is damaged says nothing, takes no pixel with it, and keeps no XMP from being read
+        xmp = file.info.get("XML:com.adobe.xmp") or file.info.get("xmp") or b""
+        match = _XMP_ORIENTATION.search(xmp.encode("utf-8", "replace") if isinstance(xmp, str) else xmp)
+        return int(match[1]) if match else 1
 
 
 def _without_metadata(data: bytes | memoryview) -> bytes | None:

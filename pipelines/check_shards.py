@@ -50,6 +50,7 @@ _MOST_CLASSES = 1_000_000
 _REPORT_EVERY_S = 3.0
 # What one process has looked at before Ray has started.
 _FEW_BYTES, _FEW_BYTES_DECODED = 1 << 30, 64 << 20
+_FEW_ASKED = 16
 
 
 class CheckShards(BaseModel):
@@ -219,19 +220,19 @@ def _choose_split(asked: str, store: Store, tars: list[str], known: dict[str, di
     by_name: dict[str, list[str]] = {}
     for name in tars:
         by_name.setdefault(named_split(name), []).append(name)
-    told = sorted(name for name in by_name if name)
+    splits = sorted(name for name in by_name if name)
     if not tars or len(known) > 1:
         names = [str(name) for name in known.get(split, {}).get("filenames", ())]
         if names:
             return split, names
-        if len(told) < 2:
+        if len(splits) < 2:
             raise UserError(f"{store.path(INFO)} describes the splits {', '.join(known)}: name one by --split")
-    if len(told) < 2:
+    if len(splits) < 2:
         return split or "train", tars
     names = by_name.get(split_of(split), []) if split_of(split) else []
     if not names:
-        shown = ", ".join(f"{name} ({len(by_name[name])} tars)" for name in told)
-        raise UserError(f"{store.shown()} holds shards of several splits, {shown}: name one by --split {told[-1]}")
+        shown = ", ".join(f"{name} ({len(by_name[name])} tars)" for name in splits)
+        raise UserError(f"{store.shown()} holds shards of several splits, {shown}: name one by --split {splits[-1]}")
     if rest := by_name.get(""):
         print(f"left out: {len(rest)} tars whose names tell no split ({printable(', '.join(rest[:3]))})")
     return split, names
@@ -240,7 +241,9 @@ def _choose_split(asked: str, store: Store, tars: list[str], known: dict[str, di
 def _index_all(
     args: CheckShards, store: Store, indexes: Store, names: list[str], sizes: dict[str, int] | None
 ) -> Iterator[Checked]:
-    total = sum((sizes or {}).get(name, _FEW_BYTES) for name in names)
+    if sizes is None:  # a web server, which is asked for each
+        sizes = {name: store.size(name) or 0 for name in names[:_FEW_ASKED]}
+    total = sum(sizes.get(name, _FEW_BYTES) for name in names)
     try:
         yield from _run(args, store, names, total, indexes=indexes)
     except OSError as error:

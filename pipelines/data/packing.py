@@ -150,7 +150,10 @@ class _Named:
 
 
 def _name(listing: Listing, options: PackingOptions) -> _Named:
-    root = posixpath.commonpath([posixpath.dirname(path) for path in listing.paths])
+    folders = {posixpath.dirname(path) for path in listing.paths}
+    root = posixpath.commonpath(folders)
+    if options.classes and folders == {root}:
+        root = posixpath.dirname(root)  # one folder is one class, where it is known to be one
     names = [path[len(root) + 1 :] if root else path for path in listing.paths]
     # A digit's name says all by itself; its folder is only its label.
     keys = make_keys([posixpath.basename(name) for name in names] if listing.source.kind == "digits" else names)

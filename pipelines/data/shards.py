@@ -137,11 +137,11 @@ def load_manifest(location: str) -> Manifest:
         raise UserError(f"no shards at '{location}': there is no directory {place}")
     info = read_info(store, sizes)
     manifest = _choose(store, info, pattern, location) if pattern else parse_manifest(store, info)
-    told = sorted({split for name in manifest.shard_names if (split := named_split(name))})
-    if len(told) > 1:
+    named = sorted({split for name in manifest.shard_names if (split := named_split(name))})
+    if len(named) > 1:
         raise UserError(
-            f"'{location}' would mix the splits {' and '.join(told)}, as its shards are named: run "
-            f"python -m pipelines.check_shards {store.shown()} --write --split {told[0]}, and so on"
+            f"'{location}' would mix the splits {' and '.join(named)}, as its shards are named: run "
+            f"python -m pipelines.check_shards {store.shown()} --write --split {named[0]}, and so on"
         )
     if manifest.index_location:
         shards = Store(manifest.location)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from scipy.stats import ks_2samp
 from torchvision import transforms
 
@@ -129,6 +130,123 @@ def test_harmless_oddities_of_a_jpeg_are_forgiven() -> None:
     table = data.find(b"\xff\xc4")
     for odd in (data[:table] + b"abc" + data[table:], data + b"trailing"):
         assert np.abs(decode(odd).astype(int) - decode(data)).max() <= 1
+
+
+_TURNED = b"II*\0\x08\0\0\0\x01\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"  # EXIF of an orientation of 6
+_TURNED_AMONG_BROKEN = (
+    b"II*\0\x08\0\0\0\x03\0\x1a\1\5\0\1\0\0\0\xff\xff\0\0\x12\1\3\0\1\0\0\0\6\0\0\0"
+    b"\x69\x87\4\0\1\0\0\0\xff\xff\0\0\0\0\0\0"
+)
+_HUGE = zlib.compress(bytes(3 << 20))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        chunk(b"eXIf", b"no TIFF at all"),
+        chunk(b"eXIf", b"II*\0\x08\0\0\0\xff\xff"),
+        chunk(b"zTXt", b"k\0\0" + _HUGE),
+        chunk(b"zTXt", b"k\0\5odd"),
+        chunk(b"iTXt", b"k\0\1\0\0\0" + _HUGE),
+        b"".join(chunk(b"zTXt", b"k%d\0\0" % n + zlib.compress(bytes(10**6))) for n in range(70)),
+        chunk(b"iCCP", b"k\0\0" + _HUGE),
+        chunk(b"iCCP", b"k\0\5odd"),
+        chunk(b"iCCP", b""),
+        chunk(b"gAMA", b"a"),
+        chunk(b"cHRM", b"abc"),
+        chunk(b"sRGB", b""),
+        chunk(b"pHYs", b"ab"),
+        chunk(b"acTL", b"ab"),
+        chunk(b"tEXt", b"a\0b")[:-4] + b"crc!",
+        chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 10\nzz"),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0\xff\xfe<x tiff:Orientation="),
+    ],
+    ids=lambda metadata: f"{metadata[4:8].decode()}-{len(metadata)}",
+)
+def test_pixels_of_a_png_are_not_thrown_away_for_its_metadata(metadata: bytes) -> None:
+    pixels = scene(24, 40)
+    data = encode(pixels, "PNG")
+    for at in (33, len(data) - 12):  # behind the header, behind the pixels
+        np.testing.assert_array_equal(decode(data[:at] + metadata + data[at:]), pixels)
+    # An orientation that can be read beside it is applied.
+    for turned in (chunk(b"eXIf", _TURNED), chunk(b"eXIf", _TURNED_AMONG_BROKEN), chunk(b"iTXt", _XMP)):
+        if metadata[4:8] != turned[4:8]:
+            np.testing.assert_array_equal(decode(data[:33] + turned + metadata + data[33:]), np.rot90(pixels, -1))
+    # What is wrong with the pixels is still said.
+    broken = data[:33] + metadata + data[33:-60]
+    assert reason_of(broken) in ("truncated", "corrupt", "not_an_image")
+
+
+_XMP = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+
+
+def riff(*chunks: tuple[bytes, bytes]) -> bytes:
+    body = b"".join(kind + struct.pack("<I", len(data)) + data + bytes(len(data) & 1) for kind, data in chunks)
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
+
+
+@pytest.mark.parametrize(
+    ("kind", "metadata", "flag"),
+    [(b"EXIF", b"no TIFF at all", 8), (b"EXIF", b"x", 8), (b"XMP ", b"\xff<x", 4), (b"ICCP", b"odd", 32)],
+)
+def test_pixels_of_a_webp_are_not_thrown_away_for_its_metadata(kind: bytes, metadata: bytes, flag: int) -> None:
+    pixels = scene(24, 40)
+    plain = encode(pixels, "WEBP", lossless=True)
+    picture = (b"VP8L", plain[20 : 20 + struct.unpack_from("<I", plain, 16)[0]])
+
+    def extended(*chunks: tuple[bytes, bytes], flags: int) -> bytes:
+        size = struct.pack("<I", 39)[:3] + struct.pack("<I", 23)[:3]
+        return riff((b"VP8X", struct.pack("<I", flags) + size), *chunks)
+
+    for chunks in ((picture, (kind, metadata)), ((kind, metadata), picture)):
+        np.testing.assert_array_equal(decode(extended(*chunks, flags=flag)), pixels)
+    turned = extended(picture, (b"EXIF", _TURNED), (kind, metadata), flags=8 | flag)
+    if kind != b"EXIF":
+        np.testing.assert_array_equal(decode(turned), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+@pytest.mark.parametrize(
+    ("marker", "metadata"),
+    [
+        (0xE0, b"JFIF"),
+        (0xE1, b"Exif\0\0no TIFF at all"),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff\xfe"),
+        (0xE2, b"MPF\0odd"),
+        (0xE2, b"ICC_PROFILE\0\1"),
+        (0xE2, b"ICC_PROFILE\0"),
+        (0xED, b"Photoshop 3.0\x008BIM\3\xed\0\0\0\0\0\4ab"),
+        (0xEE, b"Adobe\0"),
+        (0xFE, b""),
+    ],
+)
+def test_pixels_of_a_jpeg_are_not_thrown_away_for_its_metadata(mode: str, marker: int, metadata: bytes) -> None:
+    data = encode(Image.fromarray(scene(24, 40)).convert(mode), "JPEG", quality=95)
+    segment = bytes([0xFF, marker]) + struct.pack(">H", len(metadata) + 2) + metadata
+    pixels = decode(data)
+    np.testing.assert_array_equal(decode(data[:2] + segment + data[2:]), pixels)
+    if not metadata.startswith(b"Exif"):
+        for exif in (_TURNED, _TURNED_AMONG_BROKEN):
+            turn = b"\xff\xe1" + struct.pack(">H", len(exif) + 8) + b"Exif\0\0" + exif
+            turned = decode(data[:2] + segment + turn + data[2:])
+            assert turned.shape == (40, 24, 3)
+            # Pillow's decoder and simplejpeg's differ by one here and there.
+            assert np.abs(turned.astype(int) - np.rot90(pixels, -1)).max() <= 1
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"),
+    [(34665, 4, 999_999), (34675, 7, b"odd"), (700, 1, b"\xff<x"), (34377, 7, b"8BIM\1"), (33723, 7, b"odd")],
+)
+def test_pixels_of_a_tiff_are_not_thrown_away_for_its_metadata(tag, kind, value, compression) -> None:
+    pixels = scene(24, 40)
+    for orientation, expected in ((1, pixels), (6, np.rot90(pixels, -1))):
+        tags = ImageFileDirectory_v2()
+        tags.tagtype[tag] = kind
+        tags[tag], tags[0x0112] = value, orientation
+        data = encode(pixels, "TIFF", tiffinfo=tags, compression=compression)
+        np.testing.assert_array_equal(decode(data), expected)
 
 
 def test_a_broken_image_says_why_in_one_word() -> None:

@@ -3,6 +3,8 @@
 import gc
 import io
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,7 +131,7 @@ def test_every_source_gives_the_same_shards_and_every_image_unchanged(ray_local,
         assert samples[key] == (data, label, extension)
 
 
-def test_class_sorted_input_is_scattered(ray_local, tmp_path, images):
+def test_class_sorted_input_is_scattered(tmp_path, images):
     manifest = pack(write_folder(tmp_path / "in", images), tmp_path / "out", "--shard-mib", "1")
     other = pack(tmp_path / "in", tmp_path / "other", "--shard-mib", "1", "--seed", "1")
     for shard, length in enumerate(manifest.shard_lengths):
@@ -144,7 +146,7 @@ def test_class_sorted_input_is_scattered(ray_local, tmp_path, images):
 
 # webdataset leaves closing its files to the garbage collector.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-def test_timm_and_webdataset_read_the_shards(ray_local, tmp_path, images):
+def test_timm_and_webdataset_read_the_shards(tmp_path, images):
     from timm.data.dataset_factory import create_dataset
 
     manifest = pack(write_folder(tmp_path / "in", images), tmp_path / "out", "--shard-mib", "1")
@@ -162,7 +164,7 @@ def test_timm_and_webdataset_read_the_shards(ray_local, tmp_path, images):
     gc.collect()
 
 
-def test_digits_are_divided_once_and_for_all(ray_local, tmp_path):
+def test_digits_are_divided_once_and_for_all(tmp_path):
     train = pack("digits", tmp_path / "train", "--seed", "3")
     test = pack("digits", tmp_path / "test", "--split", "test")
     assert (train.num_samples, test.num_samples) == (1500, 297)
@@ -179,7 +181,7 @@ def test_digits_are_divided_once_and_for_all(ray_local, tmp_path):
         assert np.corrcoef(small.ravel(), pixels_SP[number])[0, 1] > 0.95
 
 
-def test_flat_folder_has_no_labels_and_a_mixed_one_is_refused(ray_local, tmp_path, capsys):
+def test_flat_folder_has_no_labels_and_a_mixed_one_is_refused(tmp_path, capsys):
     flat = write_folder(tmp_path / "flat", {f"{n}.jpg": picture(n) for n in range(5)})
     manifest = pack(flat, tmp_path / "out")
     assert not manifest.labelled
@@ -211,7 +213,168 @@ def test_keys_are_safe_and_unique():
     assert make_keys(names[::-1]) == keys[::-1]
 
 
-def test_resize_shrinks_the_large_and_lists_the_broken(ray_local, tmp_path):
+def test_what_is_left_out_is_named_and_what_the_decoder_reads_is_packed(tmp_path, capsys):
+    files = {
+        "a/anim.gif": picture(0, kind="GIF"),
+        "a/wave.JP2": picture(1, kind="JPEG2000"),
+        "a/scan": picture(2),
+        "b/photo.dat": picture(3, kind="WEBP"),
+        "b/grey.pgm": picture(4, kind="PPM"),
+        "b/x.jfif": picture(5),
+        "b/notes.txt": b"no image",
+        "b/more.txt": b"BM",
+        "b/raw.heic": b"\0\0\0\x18ftypheic" + bytes(80),
+        "b/README": b"P5 is no picture here",
+        "b/none.png": b"",
+        "b/.DS_Store": b"junk",
+    }
+    told = "2 .txt, 1 .heic, 1 without extension, 1 empty, 1 hidden"
+    extensions = {"gif": 0, "jp2": 1, "jpg": 2, "webp": 3, "ppm": 4}
+    wanted = None
+    for source in (
+        write_folder(tmp_path / "in", files),
+        write_tar(tmp_path / "a.tar", files),
+        write_tar(tmp_path / "a.tar.gz", files, "w:gz"),
+        write_zip(tmp_path / "a.zip", files),
+    ):
+        capsys.readouterr()
+        manifest = pack(source, tmp_path / f"out-{source.name}")
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out of ")]
+        for part in told.split(", "):
+            kind = part.partition(" ")[2]
+            assert part in line or (kind == "hidden" and source.suffix == ".zip" and "2 hidden" in line), line
+        samples = read_samples(manifest)
+        assert len(samples) == 6
+        for data, _, extension in samples.values():
+            assert data in files.values()
+            assert extension in extensions
+        wanted = wanted or samples
+        assert samples == wanted
+
+
+def test_what_will_not_decode_is_said_before_packing(tmp_path, capsys):
+    files = {f"{n:02d}.png": picture(n, kind="PNG")[: 90 if n % 2 else None] for n in range(40)}
+    files |= {f"{n:02d}.jpg": picture(n) for n in range(40)} | {"x.webp": b"<html>404</html>"}
+    for source in (write_folder(tmp_path / "in", files), write_tar(tmp_path / "a.tar.gz", files, "w:gz")):
+        capsys.readouterr()
+        assert pack(source, tmp_path / f"out-{source.name}").num_samples == 81, "what is broken is packed, and said"
+        told = capsys.readouterr().out.splitlines()
+        before = told[: next(n for n, line in enumerate(told) if line.startswith("packing "))]
+        assert any(
+            re.match(r"\d of 16 \.png images that were tried cannot be decoded: \d\d\.png: trunc", line)
+            for line in before
+        )
+        assert any(
+            "1 of 1 .webp images that were tried cannot be decoded: x.webp: not_an_image" in line for line in before
+        )
+        assert not any(".jpg" in line for line in before)
+
+
+def test_one_source_becomes_train_and_test(tmp_path, capsys):
+    files = {f"{CLASSES[n % 3]}/{n:03d}.jpg": picture(n, (8, 8)) for n in range(300)}
+    files["durian/only.jpg"] = picture(300, (8, 8))
+    source = write_folder(tmp_path / "in", files)
+    assert make_shards.main(["--source", str(source), "--out", str(tmp_path / "out"), "--split", "0.9,0.1"]) == 0
+    told = capsys.readouterr().out.strip().splitlines()[-1]
+    train, test = (load_manifest(str(tmp_path / "out" / split)) for split in ("train", "test"))
+    for manifest in (train, test):
+        assert manifest.location in told, "the next step has the right paths"
+        assert manifest.classes == (*CLASSES, "durian")
+        for key, (data, label, _) in read_samples(manifest).items():
+            assert data == files[key.replace("_", "/") + ".jpg"]
+            assert manifest.classes[label] == key.split("_")[0]
+    assert not read_samples(train).keys() & read_samples(test).keys()
+    assert train.num_samples + test.num_samples == len(files)
+    assert 15 <= test.num_samples <= 48
+
+    # Another seed, fewer classes and an archive move no image to the other side.
+    del files["durian/only.jpg"]
+    archive = write_tar(tmp_path / "a.tar.gz", files, "w:gz")
+    flags = ("--split", "0.9,.1", "--seed", "7", "--source", str(archive))
+    assert make_shards.main(["--out", str(tmp_path / "other"), *flags]) == 0
+    for manifest in (train, test):
+        other = read_samples(load_manifest(str(tmp_path / "other" / manifest.split)))
+        assert other.keys() == read_samples(manifest).keys() - {"durian_only"}
+    assert make_shards.main(["--out", str(tmp_path / "other"), *flags]) == 0
+    assert capsys.readouterr().out.count("nothing to do") == 2
+
+    flags = ("--source", str(source), "--out", str(tmp_path / "three"))
+    assert make_shards.main([*flags, "--split", "0.8,0.1,0.1"]) == 0
+    parts = [load_manifest(str(tmp_path / "three" / split)) for split in ("train", "val", "test")]
+    assert sum(part.num_samples for part in parts) == 301
+    assert "add up to 1" in refused(capsys, *flags, "--split", "0.9,0.2")
+    assert "none falls into 'test'" in refused(capsys, *flags, "--split", "0.9999999,0.0000001")
+
+
+def test_splits_are_no_classes(tmp_path, capsys):
+    files = {f"{split}/{n}.jpg": picture(n) for n, split in enumerate(("Train", "Train", "val", "test"))}
+    source = write_folder(tmp_path / "in", files)
+    line = refused(capsys, "--source", str(source), "--out", str(tmp_path / "out"))
+    assert "Train, test, val, are splits and no classes" in line
+    assert f"--source {source}/Train --split Train" in line
+    assert pack(source, tmp_path / "out", "--labels", "none").num_samples == 4
+    write_folder(source, {"other/9.jpg": picture(9)})
+    assert pack(source, tmp_path / "classes").classes == ("Train", "other", "test", "val")
+
+
+def test_a_split_is_numbered_as_another(tmp_path, capsys):
+    train = write_folder(tmp_path / "train", {f"{name}/{n}.jpg": picture(n) for n, name in enumerate("abc")})
+    test = write_folder(tmp_path / "test", {f"{name}/{n}.jpg": picture(n) for n, name in enumerate("ac")})
+    known = pack(train, tmp_path / "shards")
+    alone = pack(test, tmp_path / "alone", "--split", "test")
+    assert alone.classes == ("a", "c"), "this is why"
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    for n, classes in enumerate((tmp_path / "shards", tmp_path / "names.txt")):
+        manifest = pack(test, tmp_path / f"test-{n}", "--split", "test", "--classes", str(classes))
+        assert manifest.classes == known.classes
+        assert {key: label for key, (_, label, _) in read_samples(manifest).items()} == {"a_0": 0, "c_1": 2}
+    one = write_folder(tmp_path / "one", {"b/1.jpg": picture(1)})
+    assert read_samples(pack(one, tmp_path / "out-one", "--classes", str(tmp_path / "shards")))["b_1"][1] == 1
+    line = refused(capsys, "--source", str(train), "--out", str(tmp_path / "x"), "--classes", str(tmp_path / "alone"))
+    assert "the folder 'b'" in line
+    assert "none of the 2 of --classes" in line
+    assert "no file of class names" in refused(
+        capsys, "--source", str(train), "--out", str(tmp_path / "x"), "--classes", "nowhere.txt"
+    )
+
+
+def test_names_of_any_bytes_are_packed(tmp_path):
+    odd = os.fsdecode(b"caf\xe9")
+    files = {f"{odd}/{n}.jpg": picture(n) for n in range(2)}
+    files |= {
+        "🐱/100%.jpg": picture(2),
+        "line\nbreak/a\nb.jpg": picture(3),
+        "🐱/broken.png": picture(4, kind="PNG")[:60],
+    }
+    source = write_folder(tmp_path / f"in {odd} \n%", files)
+    out = tmp_path / f"out {odd} \n%d"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "pipelines.make_shards", "--source", str(source), "--out", str(out)]
+    done = subprocess.run([*command, "--resize", "16"], capture_output=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "packed 4 images in 3 classes" in done.stdout.decode("ascii")
+    manifest = load_manifest(str(out))
+    assert manifest.classes == ("caf\\xe9", "line\nbreak", "🐱")
+    assert json.loads(json.dumps(manifest.classes, ensure_ascii=False).encode()) == list(manifest.classes)
+    assert sorted(label for _, label, _ in read_samples(manifest).values()) == [0, 0, 1, 2]
+    (line,) = (out / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["source"] == "🐱/broken.png"
+    assert done.stdout.decode("ascii").count("\n") == len(done.stdout.decode("ascii").splitlines())
+
+
+def test_a_small_source_is_packed_without_ray(tmp_path):
+    source = write_folder(tmp_path / "in", {f"{n}.jpg": picture(n) for n in range(20)})
+    code = (
+        "import sys; from pipelines import check_shards, make_shards; "
+        f"make_shards.main(['--source', {str(source)!r}, '--out', {str(tmp_path / 'out')!r}]); "
+        f"check_shards.main([{str(tmp_path / 'out')!r}]); sys.exit('ray' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "packed 20 images" in done.stdout
+
+
+def test_resize_shrinks_the_large_and_lists_the_broken(tmp_path):
     turned = Image.fromarray(np.zeros((60, 90, 3), np.uint8))
     exif = turned.getexif()
     exif[0x0112] = 6  # turn by 90 degrees to look at it
@@ -262,7 +425,7 @@ def test_killed_packing_leaves_nothing_whole_and_continues_to_the_same_bytes(ray
 
     time.sleep(3.0)  # the killed driver's workers notice it
     (out / ".train-000009.tar.1.tmp").write_bytes(b"half")
-    resumed = pack(source, out, *flags)
+    resumed = pack(source, out, *flags, "--workers", "2")
     assert (out / "train-000000.tar").stat().st_mtime_ns == first, "a whole shard was packed again"
     assert resumed.digest == pack(source, tmp_path / "unkilled", *flags).digest
     assert contents(out) == contents(tmp_path / "unkilled")
@@ -273,7 +436,7 @@ def test_killed_packing_leaves_nothing_whole_and_continues_to_the_same_bytes(ray
     assert contents(out) == contents(tmp_path / "unkilled")
 
 
-def test_a_folder_of_other_shards_is_not_overwritten_by_accident(ray_local, tmp_path, capsys):
+def test_a_folder_of_other_shards_is_not_overwritten_by_accident(tmp_path, capsys):
     source = write_folder(tmp_path / "in", {f"{n}.jpg": picture(n) for n in range(4)})
     out = tmp_path / "out"
     pack(source, out)
@@ -319,7 +482,9 @@ def test_errors_inside_tasks_reach_the_user_as_one_line(ray_local, tmp_path, cap
     data = bytearray(archive.read_bytes())
     data[2000:2010] = bytes(10)  # inside a member: its checksum tells when it is read
     archive.write_bytes(data)
-    assert "damaged" in refused(capsys, "--source", str(archive), "--out", str(tmp_path / "out"))
+    for workers in ("1", "2"):
+        flags = ("--out", str(tmp_path / "out"), "--workers", workers)
+        assert "damaged" in refused(capsys, "--source", str(archive), *flags)
     with pytest.raises(UserError, match="not finished"):
         load_manifest(str(tmp_path / "out"))
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"]

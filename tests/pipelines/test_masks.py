@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from mae_core.mask_images import IGNORE
-from pipelines import make_shards
+from pipelines import check_shards, make_shards
 from pipelines.check_shards import check_shard
 from pipelines.data.index import encode_index, index_tar, read_index
 from pipelines.data.plan import Cut, Plan
 from pipelines.data.readers import MicroBatch, Stream, View, read_images
-from pipelines.data.shards import Manifest, load_index
+from pipelines.data.shards import Manifest, load_index, load_manifest
 from pipelines.errors import UserError
 from pipelines.storage import Store
 from tests.masks import pack, png, write_scenes
@@ -206,3 +206,40 @@ def test_masks_that_do_not_fit_their_images_are_not_packed(tmp_path):
     (tmp_path / "masks" / "1" / "003.png").write_bytes(png(np.zeros((32, 39), np.uint8)))
     with pytest.raises(UserError, match=r"003\.png': it has 39x32 pixels, and its image 40x32"):
         pack(tmp_path, tmp_path / "out")
+
+
+def test_masks_of_one_class_are_said_with_the_way_out(tmp_path, capsys):
+    write_scenes(tmp_path, 6)
+    for path in (tmp_path / "masks").rglob("*.png"):
+        path.write_bytes(png(np.where(np.array(Image.open(path)) > 0, 255, 0).astype(np.uint8)))
+    source = ["--source", str(tmp_path / "images"), "--masks", str(tmp_path / "masks")]
+    assert make_shards.main([*source, "--out", str(tmp_path / "one")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    before = next(n for n, line in enumerate(told) if line.startswith("packing "))
+    for lines in (told[:before], told[before:]):
+        (line,) = [line for line in lines if "have one class" in line]
+        assert "--mask-255 1" in line
+    for flags in ((), ("--decode",)):
+        assert check_shards.main([str(tmp_path / "one"), *flags]) == 0
+        assert "have one class" in capsys.readouterr().out
+
+    assert make_shards.main([*source, "--out", str(tmp_path / "two"), "--mask-255", "1"]) == 0
+    assert check_shards.main([str(tmp_path / "two"), "--decode"]) == 0
+    assert "have one class" not in capsys.readouterr().out
+    manifest = load_manifest(str(tmp_path / "two"))
+    assert manifest.mask_classes == 2
+    batch = read_images(stream_of(manifest, View((32, 40), 3, crop_share=1.0, masks=True)), 0)
+    assert batch.mask_BHW is not None
+    grey_BHW = batch.images_BHWC[:6].mean(axis=3)
+    np.testing.assert_array_equal(batch.mask_BHW[:6], (grey_BHW > 190) | (grey_BHW < 60))
+
+    # Tars of others, whose masks nobody has read.
+    folder = tmp_path / "own"
+    folder.mkdir()
+    write_tar(
+        folder / "own.tar", {"a.png": png(np.zeros((8, 8, 3), np.uint8)), "a.mask.png": png(np.zeros((8, 8), np.uint8))}
+    )
+    assert check_shards.main([str(folder), "--write"]) == 0
+    assert "not known how many classes they have: --decode" in capsys.readouterr().out
+    assert check_shards.main([str(folder), "--write", "--decode"]) == 0
+    assert "have one class" in capsys.readouterr().out

@@ -17,11 +17,14 @@ from webdataset.writer import ShardWriter
 
 from mae_core.images import decode
 from pipelines import check_shards
+from pipelines.config import Config, Data, Probe
 from pipelines.data.index import KeyRule, TarContents, index_tar, read_tar
 from pipelines.data.lookup import find_keys, key_of, read_samples
 from pipelines.data.readers import View
 from pipelines.data.shards import load_index, load_manifest, need_labels, need_same_classes
 from pipelines.errors import UserError, run_command
+from pipelines.pretrain import check as check_run
+from tests.stores import range_server
 
 
 def picture(seed: int) -> bytes:
@@ -333,6 +336,28 @@ def test_the_index_of_a_store_that_is_only_read_lies_elsewhere(tmp_path):
         load_manifest(str(tmp_path / "index"))
 
 
+def test_a_web_servers_splits_are_indexed_elsewhere(tmp_path):
+    folder = write_shards(tmp_path / "tars", x0=["a.jpg"], x1=[("b.png", picture(1))], x2=[("c.jpg", picture(2))])
+    splits = {"train": {"filenames": ["x0.tar"]}, "validation": {"filenames": ["x1.tar", "x2.tar"]}}
+    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
+    index = tmp_path / "index"
+    with range_server(folder) as address:
+        with pytest.raises(UserError, match="keep the index elsewhere, by --index-to DIR"):
+            check_shards.main([address, "--write", "--split", "validation"])
+        signed = f"{address}?signature=secret"
+        with pytest.raises(UserError, match="password or signature"):
+            check_shards.main([signed, "--write", "--split", "validation", "--index-to", str(index)])
+        assert check_shards.main([address, "--write", "--split", "validation", "--index-to", str(index)]) == 0
+        manifest = load_manifest(str(index))
+        assert (manifest.location, manifest.shard_names) == (address, ("x1.tar", "x2.tar"))
+        (read,) = read_samples(manifest, find_keys(manifest, ["c", "b"]), View((16, 16), 3, crop_share=1.0))
+        np.testing.assert_array_equal(read.images_BHWC[0], decode(picture(2)))
+        assert check_shards.main([str(index), "--decode"]) == 0
+        assert check_shards.main([address, "--write", "--split", "train", "--index-to", str(index)]) == 0
+        assert load_manifest(f"{index}/x0.tar").split == "train"
+        assert load_manifest(f"{index}/x1.tar").split == "validation"
+
+
 def test_class_names_come_from_a_file_or_from_other_shards(tmp_path):
     folder = write_shards(tmp_path / "train", a_0=["a.jpg", ("a.cls", b"0"), "b.jpg", ("b.cls", b"2")])
     names = tmp_path / "names.txt"
@@ -351,6 +376,31 @@ def test_class_names_come_from_a_file_or_from_other_shards(tmp_path):
         UserError, match=r"label 0 is 'cat' in the one and '犬' in the other; pack data\.test with --classes"
     ):
         need_same_classes("data.train", manifest, "data.test", replace(manifest, classes=manifest.classes[1:]))
+
+
+def test_a_run_refuses_splits_that_are_mixed_or_numbered_otherwise(tmp_path):
+    members = [(f"{n}.jpg", picture(n)) for n in range(4)] + [(f"{n}.cls", str(n % 2).encode()) for n in range(4)]
+    both = write_shards(tmp_path / "both", train_0=members, test_0=members)
+    names = {"known": "cat\ndog\n", "other": "dog\ncat\n"}
+    for name, text in names.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    for split, name in (("train", "known"), ("test", "other")):
+        assert check(both, "--write", "--split", split, "--classes", str(tmp_path / f"{name}.txt")) == 0
+    words = write_shards(tmp_path / "words", a_0=[*members[:4], ("0.cls", b"cat")])
+    assert check(words, "--write") == 0
+
+    def refusal(train: Path | str, *probe: Path | str) -> str:
+        probes = dict(zip(("train", "test"), map(str, probe), strict=False))
+        with pytest.raises(UserError) as caught:
+            check_run(Config(data=Data(train=str(train)), probe=Probe(**probes)))
+        return str(caught.value)
+
+    assert "describes the splits train, test" in refusal(both)
+    assert "label 0 is 'cat' in the one and 'dog'" in refusal(
+        both / "train-0.tar", both / "train-0.tar", both / "test-*.tar"
+    )
+    assert "probe.train: the shards in" in (line := refusal(words, words))
+    assert "'0.cls' holds b'cat'" in line
 
 
 def test_names_of_any_bytes_survive_to_the_end(tmp_path):
