@@ -402,7 +402,7 @@ def total_steps(config: Config, num_samples: int) -> int:
 
 def warmup_steps(config: Config, num_samples: int) -> int:
     """Steps over which the learning rate rises, at most all of them."""
-    wanted = int(config.optim.warmup_epochs * num_samples / config.batch.global_size)
+    wanted = int(config.optim.warmup_epochs * (num_samples / config.batch.global_size))
     return min(wanted, total_steps(config, num_samples))
 
 

@@ -108,6 +108,8 @@ def test_what_takes_days_on_cpus_comes_with_flags_that_do_not():
     # Said by the first steps, where arithmetic alone hoped for less; and once.
     lines = told_of(config, [300.0 * step for step in range(1, 5)], rate=1e15)
     assert [("days on CPUs" in line) for line in lines] == [False, False, True]
+    again = told_of(config, [300.0 * step for step in range(1, 5)], rate=rate)
+    assert [("days on CPUs" in line) for line in again] == [False, True, False]
     # A model that is small already takes fewer steps alone.
     small = configuration(train={"steps": 10**7})
     assert re.search(r"about 8\.0 h with --train\.steps \d+$", told_of(small, [], rate=1e10)[1])

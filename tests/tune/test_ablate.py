@@ -126,7 +126,8 @@ def test_a_cell_is_trained_once_whichever_tables_have_it(command, tmp_path, capf
 
 def test_finished_cells_are_not_trained_again(command, tmp_path, capfd):
     store = Store(str(tmp_path / "runs" / "ablate-tiny"))
-    ready = prepare(read_ablation(command("1c", "--seeds", "2")))
+    asked = command("1c", "--seeds", "2", "--optim.warmup-epochs", "40")
+    ready = prepare(read_ablation(asked))
     known = Journal(store)
     for place, cell in enumerate(ready.cells()):
         probes = {"probe/linear_top1": 50.0 + place, "probe/knn_top1": 40.0}
@@ -134,8 +135,9 @@ def test_finished_cells_are_not_trained_again(command, tmp_path, capfd):
     # One that has failed is not tried again either, unless it is asked for.
     known.fail(ready.cells()[-1], "not finite")
     before = store.read("journal.jsonl")
-    assert main(command("1c", "--seeds", "2")) == 0
+    assert main(asked) == 0
     out = capfd.readouterr().out
+    assert out.count("warning: optim.warmup_epochs 40 is no shorter than the run, of 3.2 epochs") == 1
     assert "4 trainings, 0 of them still to be done" in out
     assert store.read("journal.jsonl") == before
     assert not store.exists("trials")
