@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pipelines.cli import parse_with_file
 from pipelines.commands import command_line
-from pipelines.config import Config
+from pipelines.config import Config, worker_cpus
 from pipelines.data.shards import load_manifest
 from pipelines.early import check_shape
 from pipelines.errors import UserError, run_command
@@ -46,13 +46,18 @@ class Args(Config):
     """File for the numbers; empty: none."""
 
 
+def _claimed(config: Config, cores: int) -> float:
+    """CPUs that each worker of the run would claim here."""
+    return worker_cpus(config.scale, config.data.cpus_per_task, [cores])
+
+
 def workers_here(config: Config, cores: int) -> int:
     """Workers of the run that this machine would hold; one, where it is too small for any."""
     import torch
 
     scale = config.scale
     # Ray counts in ten-thousandths.
-    fit = torch.cuda.device_count() if scale.gpu else int(cores / scale.cpus_per_worker + 1e-4)
+    fit = torch.cuda.device_count() if scale.gpu else int(cores / _claimed(config, cores) + 1e-4)
     return min(scale.workers, max(1, fit))
 
 
@@ -84,7 +89,7 @@ def measure(args: Args, work: "Work") -> "tuple[StepRate | None, Rates]":
     stream = make_stream(config, load_manifest(args.data.train), scale.workers)
     step = measure_step(config, stream.cut, device, threads=threads, seconds=args.seconds) if measured else None
     decode = measure_decoding(stream, work.steps, seconds=args.seconds)
-    spare = cores / here - scale.cpus_per_worker
+    spare = cores / here - _claimed(args, cores)
     # Of a machine without GPUs nothing follows for one with them; and one too small for a worker is not the run's.
     known = scale.gpu and torch.cuda.is_available() and spare * here >= args.data.cpus_per_task
     return step, Rates(

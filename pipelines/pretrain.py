@@ -296,13 +296,15 @@ def run(config: Config, images: Images, lease: Lease) -> int:
         print(summary(config, result, tracking_uri, 0.0))
         return 0
     with connect(address=config.scale.address), take_signals() as signals:
-        check_resources(config.scale, config.data.cpus_per_task)
+        scale = check_resources(config.scale, config.data.cpus_per_task)
+        config = config.model_copy(update={"scale": scale})
         folder = RunFolder(store)
         create_run(folder.path, describe(config, images), tracking_uri=tracking_uri)
         folder.push()
         print(
             f"run '{config.run.name}': {train.num_samples:,} images, {total_steps(config, train.num_samples):,} steps "
-            f"of {config.batch.global_size} on {config.scale.workers} workers",
+            f"of {config.batch.global_size} on {scale.workers} workers"
+            f"{f', each with {scale.cpus_per_worker:g} CPUs' if scale.cpus_per_worker < 1 else ''}",
             flush=True,
         )
         console = make_console()

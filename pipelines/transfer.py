@@ -204,10 +204,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if any(read_scored(store, seed) is None for seed in unit.seeds):
                     if not ray.is_initialized():
                         stack.enter_context(connect(address=transfer.scale.address))
-                        check_resources(transfer.scale, transfer.data.cpus_per_task)
+                    scale = check_resources(transfer.scale, transfer.data.cpus_per_task)
                     try:
                         with hold(store, f"the transfer {score_name(unit)}") as lease:
-                            _run(unit, config, state, data, len(classes), parent, store, values, lease)
+                            _run(
+                                unit.model_copy(update={"scale": scale}),
+                                config,
+                                state,
+                                data,
+                                len(classes),
+                                parent,
+                                store,
+                                values,
+                                lease,
+                            )
                     except TransferFailedError as failed:
                         print(f"error: {score_name(unit)} failed: {failed}", file=sys.stderr)
                         return 1

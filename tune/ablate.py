@@ -223,13 +223,14 @@ def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell], lease: Lease)
     import ray
     from ray.tune.schedulers import FIFOScheduler
 
-    from tune.running import listed, run_trials, share
+    from tune.running import fitted, listed, run_trials, share
     from tune.trainable import StopSign, Study
 
     store, ablation, folder = ready.store, ready.ablation, RunFolder(ready.store)
-    room = share(ready.config, ablation.concurrent)
+    config = fitted(ready.config)
+    room = share(config, ablation.concurrent)
     store.write(_FILE, json.dumps(definition(ready), indent=2))
-    values = ready.config.model_dump()
+    values = config.model_dump()
     values["scale"] |= {"reading_cpus": room.reading_cpus, "threads": room.threads}
     uri = resolve_tracking_uri(ablation.run.storage)
     run_id = create_run(folder.path, describe(ablation, ready.images), tracking_uri=uri)

@@ -266,10 +266,11 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]
     # Tune and its samplers take seconds to import: not for a mistake in the command.
     import ray
 
-    from tune.running import listed, optuna, run_trials, share
+    from tune.running import fitted, listed, optuna, run_trials, share
     from tune.trainable import StopSign, Study
 
     search, space, config = ready.search, ready.space, ready.config
+    config = fitted(config)
     room = share(config, search.concurrent)
     open_search(store, search, definition(search, space, ready.images))
     values = config.model_dump()
