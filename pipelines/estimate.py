@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from pydantic import Field
 
+from pipelines.amounts import flops
 from pipelines.cli import parse_with_file
 from pipelines.commands import command_line
 from pipelines.config import Config, worker_cpus
@@ -104,12 +105,6 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def _flops(flops: float) -> str:
-    units = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
-    unit, name = next((pair for pair in units if flops >= pair[0]), (1.0, ""))
-    return f"{flops / unit:,.4g} {name}FLOP"
-
-
 def _time(hours: float) -> str:
     if hours >= 48:
         return f"{hours:,.0f} h ({hours / 24:.1f} days)"
@@ -118,15 +113,15 @@ def _time(hours: float) -> str:
 
 def work_lines(args: Args, work: "Work") -> Iterator[tuple[str, str]]:
     """What the run does: lines of the table, each with what it is about."""
-    flops, share = work.flops, work.flops.decoder / work.flops.forward
+    an_image, share = work.flops, work.flops.decoder / work.flops.forward
     encoder, decoder = work.encoder_parameters / 1e6, work.decoder_parameters / 1e6
     yield "parameters", f"encoder {encoder:.1f} M, decoder {decoder:.1f} M"
     yield "checkpoint", f"{_size(work.checkpoint_bytes)}; {_size(work.kept_bytes)} for the {args.checkpoint.keep} kept"
     size = args.batch.global_size
     yield "images", f"{work.images:,} in {work.steps:,} steps of {size:,}: {work.epochs:.4g} epochs"
-    forward = f"{_flops(flops.forward)} forward, {share:.0%} of it in the decoder"
-    yield "arithmetic", f"an image {forward}; {_flops(flops.training)} with the backward pass"
-    yield "", f"all images {_flops(work.total_flops)}"
+    forward = f"{flops(an_image.forward)} forward, {share:.0%} of it in the decoder"
+    yield "arithmetic", f"an image {forward}; {flops(an_image.training)} with the backward pass"
+    yield "", f"all images {flops(work.total_flops)}"
 
 
 def speed_lines(
@@ -158,7 +153,7 @@ def speed_lines(
     else:
         yield "limit", found.limit or "not known here: compute, where every worker is fed"
     alike = "s as fast as this one, if none waits for another" if scale.workers > 1 else ""
-    total = f"{found.images_per_s:,.1f} images/s, {_flops(found.flops_per_s)}/s"
+    total = f"{found.images_per_s:,.1f} images/s, {flops(found.flops_per_s)}/s"
     yield "speed", f"{total}, on {scale.workers} worker{alike}"
     yield "time", f"{_time(found.hours)}, without probes, starts and checkpoints"
     if args.price_per_hour:

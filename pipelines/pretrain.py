@@ -25,9 +25,10 @@ from pipelines.data.shards import Manifest, load_manifest
 from pipelines.early import check_early
 from pipelines.errors import FAILED, USAGE_ERROR, UserError, run_command
 from pipelines.lease import Lease, check_of, hold
+from pipelines.runs import finished_when
 from pipelines.spool import Spool, Status
 from pipelines.storage import Store, absolute
-from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send, send_rest
+from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send, send_rest, shown_record
 from pipelines.training.job import Job
 from pipelines.training.runfolder import RunFolder
 
@@ -242,13 +243,24 @@ class PretrainingError(Exception):
         self.code = code
 
 
-def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: float) -> str:
-    """What a person wants to know at the end."""
+def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: float | None) -> str:
+    """What a person wants to know at the end.
+
+    Args:
+        config: The resolved configuration.
+        result: What the run has come to.
+        tracking_uri: Where its record is.
+        seconds: What it took; None: it had finished before.
+    """
     from pipelines.training.unreadable import told
 
     scores = result["scores"]
     folder = Store(config.run.storage).child(config.run.name)
-    lines = ["", f"run '{config.run.name}' finished: {result['step']} steps in {seconds / 60:.1f} min"]
+    if seconds is None:
+        when = finished_when(folder)
+        lines = [f"run '{config.run.name}' has finished already{when}: {result['step']} steps; nothing to do"]
+    else:
+        lines = ["", f"run '{config.run.name}' finished: {result['step']} steps in {seconds / 60:.1f} min"]
     if "test/knn_top1" in scores:
         lines.append("top-1 on the test images, of features from")
         lines.append(f"{'':24}{'kNN':>10}{'linear probe':>16}")
@@ -265,8 +277,8 @@ def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: 
         picture = f"pictures/reconstruction-{result['step']:08d}.png"
         lines.append(f"picture    {folder.path(picture)}")
     lines.append(f"run        {folder.location}")
-    if tracking_uri.startswith("sqlite:///"):
-        lines.append(f"MLflow UI  mlflow ui --backend-store-uri {tracking_uri}")
+    if line := shown_record(RunFolder(folder).path, tracking_uri):
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -292,8 +304,7 @@ def run(config: Config, images: Images, lease: Lease) -> int:
     result = open_run(config, train.digest)
     store = Store(config.run.storage).child(config.run.name)
     if result is not None:
-        print(f"run '{config.run.name}' has finished already; nothing to do")
-        print(summary(config, result, tracking_uri, 0.0))
+        print(summary(config, result, tracking_uri, None))
         return 0
     with connect(address=config.scale.address), take_signals() as signals:
         scale = check_resources(config.scale, config.data.cpus_per_task)
@@ -327,7 +338,8 @@ def run(config: Config, images: Images, lease: Lease) -> int:
     result = json.loads(store.read("result.json"))
     print(summary(config, result, tracking_uri, time.perf_counter() - started))
     if left is not None and left.left:
-        print(f"{left.left} lines of the record are not in MLflow yet: python -m pipelines.sync {config.run.name}")
+        later = command_line("pipelines.sync", config.run.name, storage=config.run.storage)
+        print(f"{left.left} lines of the record are not in MLflow yet: {later}")
     return 0
 
 

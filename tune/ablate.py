@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from pipelines import provenance
-from pipelines.cli import parse_with_file
+from pipelines.cli import parse_with_file, to_toml
 from pipelines.commands import command_line
 from pipelines.config import Config, flat, identity, total_steps
 from pipelines.errors import UserError, run_command
@@ -29,7 +29,7 @@ from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
 from pipelines.spool import redact
 from pipelines.storage import Store
-from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri
+from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, shown_record
 from pipelines.training.runfolder import RunFolder
 from tune import parent, tables
 from tune.claims import judge
@@ -234,6 +234,7 @@ def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell], lease: Lease)
     values["scale"] |= {"reading_cpus": room.reading_cpus, "threads": room.threads}
     uri = resolve_tracking_uri(ablation.run.storage)
     run_id = create_run(folder.path, describe(ablation, ready.images), tracking_uri=uri)
+    folder.write("config.toml", to_toml(ablation, f"The ablation {_name(ablation)}. Feed it back with --config."))
     folder.push()
     study = Study(
         Config.model_validate(values),
@@ -249,6 +250,7 @@ def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell], lease: Lease)
         lease,
     )
     with parent.own_record(folder, store.is_local) as spool:
+        spool.artifact("config.toml")
         ended = run_trials(
             study,
             journal,
@@ -371,8 +373,8 @@ def _keep(
         spool.artifact(f"pictures/{name}.png", "pictures")
         spool.status("FINISHED")
     print(f"\nsection    {store.path(f'tables/{name}.md')}\npicture    {store.path(f'pictures/{name}.png')}")
-    if uri.startswith("sqlite:///"):
-        print(f"MLflow UI  mlflow ui --backend-store-uri {uri}")
+    if line := shown_record(folder.path, uri):
+        print(line)
 
 
 def _table2(ablation: Ablation) -> int:

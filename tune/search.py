@@ -20,6 +20,7 @@ import pydantic
 from pydantic import Field
 
 from pipelines import provenance
+from pipelines.amounts import prefix
 from pipelines.cli import parse_with_file, to_toml
 from pipelines.commands import command_line
 from pipelines.config import Config, flat, identity, total_steps
@@ -29,7 +30,7 @@ from pipelines.pretrain import Images, check, resolve
 from pipelines.pretrain import main as pretrain_main
 from pipelines.spool import Spool, redact
 from pipelines.storage import Store
-from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri
+from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, shown_record
 from pipelines.training.runfolder import RunFolder
 from tune import parent
 from tune.journal import Cell, Journal, shown
@@ -144,7 +145,16 @@ def open_search(store: Store, search: Search, wanted: dict[str, Any]) -> None:
 def table(ranked: Sequence[Ranked], objective: str) -> str:
     """The configurations, best first, as a table for the terminal."""
     keys = sorted(ranked[0].values) if ranked else []
-    head = ["", *(key.split(".", 1)[1] for key in keys), f"{objective} top-1", "seeds", "PFLOP", "seconds", "state"]
+    unit, letter = prefix(max((one.flops for one in ranked), default=0.0))
+    head = [
+        "",
+        *(key.split(".", 1)[1] for key in keys),
+        f"{objective} top-1",
+        "seeds",
+        f"{letter}FLOP",
+        "seconds",
+        "state",
+    ]
     rows = [head]
     for place, one in enumerate(ranked, 1):
         half = f" +- {one.half:.2f}" if one.half is not None else ""
@@ -155,7 +165,7 @@ def table(ranked: Sequence[Ranked], objective: str) -> str:
                 *(shown(one.values[key]) for key in keys),
                 score,
                 str(one.num_seeds or one.num_failed),
-                f"{one.flops / 1e15:.3g}",
+                f"{one.flops / unit:.3g}",
                 f"{one.seconds:.0f}",
                 one.state,
             ]
@@ -252,8 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(f"best       {store.path('best.toml')} (a recipe for pipelines.pretrain --config)")
     uri = resolve_tracking_uri(search.run.storage)
-    if uri.startswith("sqlite:///"):
-        print(f"MLflow UI  mlflow ui --backend-store-uri {uri}")
+    if line := shown_record(RunFolder(store).path, uri):
+        print(line)
     return final(search, ranked[0], store) if search.final else 0
 
 
@@ -280,6 +290,7 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]
         journal.forget_failed()
     uri = resolve_tracking_uri(search.run.storage)
     run_id = create_run(folder.path, describe(search, space, ready.images), tracking_uri=uri)
+    folder.write("config.toml", to_toml(search, f"The search '{search.run.name}'. Feed it back with --config."))
     folder.push()
     steps = total_steps(config, ready.images.train.num_samples)
     known = f"; {len(journal.trials)} are known already" if journal.trials else ""
@@ -299,6 +310,7 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked]]
         lease,
     )
     with parent.own_record(folder, store.is_local) as spool:
+        spool.artifact("config.toml")
         ended = run_trials(
             study,
             journal,

@@ -456,7 +456,7 @@ class _Worker:
                 "tracking_s": self.progress.tracking(),
             }
             self.folder.write("result.json", json.dumps(result, indent=2))
-            for name in ("config.json", "result.json", "skipped.jsonl"):
+            for name in ("config.json", "config.toml", "result.json", "skipped.jsonl"):
                 if (self.folder.path / name).exists():
                     self.spool.artifact(name)
             self.spool.status("FINISHED")
