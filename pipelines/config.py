@@ -6,6 +6,7 @@ function here or where it is used, never a field.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -186,8 +187,8 @@ class Scale(Section):
     """Ray Train workers."""
     min_workers: int = Field(default=0, ge=0)
     """Fewest workers to go on with while nodes are missing, up to scale.workers; 0: always all of them."""
-    cpus_per_worker: float = Field(default=1.0, gt=0)
-    """CPUs that a worker claims from Ray; leave some for reading and decoding."""
+    cpus_per_worker: float = Field(default=0.0, ge=0)
+    """CPUs that a worker claims from Ray; 0: 1, or what fits beside data.cpus_per_task for reading and decoding."""
     threads: int = Field(default=0, ge=0)
     """PyTorch threads of a worker on CPUs; 0: the cores of its machine, shared among the run's workers there."""
     reading_cpus: float = Field(default=0.0, ge=0)
@@ -324,6 +325,36 @@ class Config(Section):
         if self.probe.test and not self.probe.train:
             raise ValueError("probe.test is given without probe.train: the probes need labels to learn from")
         return self
+
+
+def worker_cpus(scale: Scale, reading: float, nodes: Sequence[float], *, may_grow: bool = False) -> float:
+    """CPUs that each worker claims: those asked for, else 1, or less where that many workers leave none for reading.
+
+    Args:
+        scale: What a run asks for.
+        reading: CPUs that one reading task claims.
+        nodes: CPUs of each node.
+        may_grow: Whether nodes may join: then no more workers than there are CPUs are pressed together.
+
+    Returns:
+        1 where nothing fits.
+    """
+    workers = scale.workers
+    if scale.cpus_per_worker or (may_grow and workers > sum(nodes)):
+        return scale.cpus_per_worker or 1.0
+
+    def fits(share: float) -> bool:
+        # Ray counts in ten-thousandths.
+        if scale.min_workers:
+            # As many start as there is room for: they must leave some on every node.
+            places = [min(int(cpus / share + 1e-4), workers) for cpus in nodes]
+            left = [cpus - fit * share for cpus, fit in zip(nodes, places, strict=True) if fit]
+            return sum(places) >= scale.min_workers and min(left, default=0.0) >= reading - 1e-4
+        # Wherever Ray puts them then, some node has what a reading task claims.
+        return sum(int((cpus - reading) / share + 1e-4) for cpus in nodes if cpus > reading) >= workers
+
+    parts = {int(100 * (cpus - reading) / num) / 100 for cpus in set(nodes) for num in range(1, workers + 1)}
+    return next((share for share in sorted({1.0, *parts}, reverse=True) if 0 < share <= 1 and fits(share)), 1.0)
 
 
 def flat(section: pydantic.BaseModel, prefix: str = "") -> dict[str, Any]:

@@ -121,8 +121,12 @@ class Printer:
             lines = ray.get(self._console.take.remote(), timeout=30)
         except RayError:
             return
-        for line in lines:
-            print(line, flush=True)
+        try:
+            for line in lines:
+                print(line, flush=True)
+        except BrokenPipeError:
+            # Nobody reads any more (`| head`): the run goes on all the same.
+            self._done.set()
 
     def stop(self) -> None:
         """Prints what is left."""

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -30,6 +31,12 @@ def run_command(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
+    except SystemExit as stop:  # --help
+        code = stop.code
+    except BrokenPipeError:
+        # Whoever read the output has enough of it, as `| head` does: ended without a word, as other programs are.
+        _print_nowhere()
+        code = 128 + signal.SIGPIPE
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         code = USAGE_ERROR
@@ -43,5 +50,16 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    sys.stdout.flush()
+        # Where it came while such code ran as dataclasses make theirs by, Python would end by the signal at its very
+        # end, whatever the code; the next such code makes it forget that.
+        exec("")
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _print_nowhere()
     sys.exit(code)
+
+
+def _print_nowhere() -> None:
+    """Sends what is still to be printed nowhere: nobody reads it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from pydantic import Field
 
+from pipelines.amounts import flops
 from pipelines.cli import parse_with_file
 from pipelines.commands import command_line
-from pipelines.config import Config, warmup_note
+from pipelines.config import Config, warmup_note, worker_cpus
 from pipelines.data.shards import load_manifest
 from pipelines.early import check_shape
 from pipelines.errors import UserError, run_command
@@ -46,13 +47,18 @@ class Args(Config):
     """File for the numbers; empty: none."""
 
 
+def _claimed(config: Config, cores: int) -> float:
+    """CPUs that each worker of the run would claim here."""
+    return worker_cpus(config.scale, config.data.cpus_per_task, [cores])
+
+
 def workers_here(config: Config, cores: int) -> int:
     """Workers of the run that this machine would hold; one, where it is too small for any."""
     import torch
 
     scale = config.scale
     # Ray counts in ten-thousandths.
-    fit = torch.cuda.device_count() if scale.gpu else int(cores / scale.cpus_per_worker + 1e-4)
+    fit = torch.cuda.device_count() if scale.gpu else int(cores / _claimed(config, cores) + 1e-4)
     return min(scale.workers, max(1, fit))
 
 
@@ -84,7 +90,7 @@ def measure(args: Args, work: "Work") -> "tuple[StepRate | None, Rates]":
     stream = make_stream(config, load_manifest(args.data.train), scale.workers)
     step = measure_step(config, stream.cut, device, threads=threads, seconds=args.seconds) if measured else None
     decode = measure_decoding(stream, work.steps, seconds=args.seconds, max_unreadable=args.data.max_unreadable)
-    spare = cores / here - scale.cpus_per_worker
+    spare = cores / here - _claimed(args, cores)
     # Of a machine without GPUs nothing follows for one with them; and one too small for a worker is not the run's.
     known = scale.gpu and torch.cuda.is_available() and spare * here >= args.data.cpus_per_task
     return step, Rates(
@@ -99,15 +105,9 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def _flops(flops: float) -> str:
-    units = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
-    unit, name = next((pair for pair in units if flops >= pair[0]), (1.0, ""))
-    return f"{flops / unit:,.4g} {name}FLOP"
-
-
 def work_lines(args: Args, work: "Work", num_samples: int) -> Iterator[tuple[str, str]]:
     """What the run does: lines of the table, each with what it is about."""
-    flops, share = work.flops, work.flops.decoder / work.flops.forward
+    an_image, share = work.flops, work.flops.decoder / work.flops.forward
     encoder, decoder = work.encoder_parameters / 1e6, work.decoder_parameters / 1e6
     yield "parameters", f"encoder {encoder:.1f} M, decoder {decoder:.1f} M"
     yield "checkpoint", f"{_size(work.checkpoint_bytes)}; {_size(work.kept_bytes)} for the {args.checkpoint.keep} kept"
@@ -115,9 +115,9 @@ def work_lines(args: Args, work: "Work", num_samples: int) -> Iterator[tuple[str
     yield "images", f"{work.images:,} in {work.steps:,} steps of {size:,}: {work.epochs:.4g} epochs"
     if note := warmup_note(args, num_samples):
         yield "warm-up", note
-    forward = f"{_flops(flops.forward)} forward, {share:.0%} of it in the decoder"
-    yield "arithmetic", f"an image {forward}; {_flops(flops.training)} with the backward pass"
-    yield "", f"all images {_flops(work.total_flops)}"
+    forward = f"{flops(an_image.forward)} forward, {share:.0%} of it in the decoder"
+    yield "arithmetic", f"an image {forward}; {flops(an_image.training)} with the backward pass"
+    yield "", f"all images {flops(work.total_flops)}"
 
 
 def speed_lines(
@@ -151,7 +151,7 @@ def speed_lines(
     else:
         yield "limit", found.limit or "not known here: compute, where every worker is fed"
     alike = "s as fast as this one, if none waits for another" if scale.workers > 1 else ""
-    total = f"{found.images_per_s:,.1f} images/s, {_flops(found.flops_per_s)}/s"
+    total = f"{found.images_per_s:,.1f} images/s, {flops(found.flops_per_s)}/s"
     yield "speed", f"{total}, on {scale.workers} worker{alike}"
     yield "time", f"{in_words(found.hours)}, without probes, starts and checkpoints"
     if not scale.gpu and found.hours >= DAYS_H:

@@ -127,7 +127,8 @@ def attach(client: MlflowClient, folder: Path, uri: str) -> str:
                 raise
     run = _only(client, experiment_id, record.uid, run)
     if run is None:
-        tags = {UID_TAG: record.uid}
+        # MLflow takes its own from here alone, as that of the user.
+        tags = {UID_TAG: record.uid, **{name: text for name, text in record.tags.items() if name.startswith("mlflow.")}}
         if record.parent_run_id:
             tags["mlflow.parentRunId"] = record.parent_run_id
         run = client.create_run(experiment_id, tags=tags, run_name=record.name)
@@ -136,8 +137,9 @@ def attach(client: MlflowClient, folder: Path, uri: str) -> str:
         mend = f"mlflow runs restore --run-id {run_id}"
         raise CannotSendError(f"run '{record.name}' was deleted in MLflow: restore it with '{mend}'")
     _describe(client, run, record)
-    if (record.mlflow_run_id, record.tracking_uri) != (run_id, redact(uri)):
-        record.model_copy(update={"mlflow_run_id": run_id, "tracking_uri": redact(uri)}).write(folder)
+    place = {"mlflow_run_id": run_id, "experiment_id": run.info.experiment_id, "tracking_uri": redact(uri)}
+    if record.model_copy(update=place) != record:
+        record.model_copy(update=place).write(folder)
     return run_id
 
 

@@ -24,9 +24,10 @@ from pipelines.data.shards import Manifest, load_manifest, need_labels, need_sam
 from pipelines.early import check_early
 from pipelines.errors import FAILED, USAGE_ERROR, UserError, run_command
 from pipelines.lease import Lease, check_of, hold
+from pipelines.runs import finished_when
 from pipelines.spool import Spool, Status
 from pipelines.storage import Store, absolute
-from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send, send_rest
+from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send, send_rest, shown_record
 from pipelines.training.job import Job
 from pipelines.training.runfolder import RunFolder
 
@@ -236,13 +237,24 @@ class PretrainingError(Exception):
         self.code = code
 
 
-def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: float) -> str:
-    """What a person wants to know at the end."""
+def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: float | None) -> str:
+    """What a person wants to know at the end.
+
+    Args:
+        config: The resolved configuration.
+        result: What the run has come to.
+        tracking_uri: Where its record is.
+        seconds: What it took; None: it had finished before.
+    """
     from pipelines.training.unreadable import told
 
     scores = result["scores"]
     folder = Store(config.run.storage).child(config.run.name)
-    lines = ["", f"run '{config.run.name}' finished: {result['step']} steps in {seconds / 60:.1f} min"]
+    if seconds is None:
+        when = finished_when(folder)
+        lines = [f"run '{config.run.name}' has finished already{when}: {result['step']} steps; nothing to do"]
+    else:
+        lines = ["", f"run '{config.run.name}' finished: {result['step']} steps in {seconds / 60:.1f} min"]
     if "test/knn_top1" in scores:
         lines.append("top-1 on the test images, of features from")
         lines.append(f"{'':24}{'kNN':>10}{'linear probe':>16}")
@@ -261,8 +273,8 @@ def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: 
         picture = f"pictures/reconstruction-{result['step']:08d}.png"
         lines.append(f"picture    {folder.path(picture)}")
     lines.append(f"run        {folder.location}")
-    if tracking_uri.startswith("sqlite:///"):
-        lines.append(f"MLflow UI  mlflow ui --backend-store-uri {tracking_uri}")
+    if line := shown_record(RunFolder(folder).path, tracking_uri):
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -288,17 +300,18 @@ def run(config: Config, images: Images, lease: Lease) -> int:
     result = open_run(config, train.digest)
     store = Store(config.run.storage).child(config.run.name)
     if result is not None:
-        print(f"run '{config.run.name}' has finished already; nothing to do")
-        print(summary(config, result, tracking_uri, 0.0))
+        print(summary(config, result, tracking_uri, None))
         return 0
     with connect(address=config.scale.address), take_signals() as signals:
-        check_resources(config.scale, config.data.cpus_per_task)
+        scale = check_resources(config.scale, config.data.cpus_per_task)
+        config = config.model_copy(update={"scale": scale})
         folder = RunFolder(store)
         create_run(folder.path, describe(config, images), tracking_uri=tracking_uri)
         folder.push()
         print(
             f"run '{config.run.name}': {train.num_samples:,} images, {total_steps(config, train.num_samples):,} steps "
-            f"of {config.batch.global_size} on {config.scale.workers} workers",
+            f"of {config.batch.global_size} on {scale.workers} workers"
+            f"{f', each with {scale.cpus_per_worker:g} CPUs' if scale.cpus_per_worker < 1 else ''}",
             flush=True,
         )
         if note := warmup_note(config, train.num_samples):
@@ -323,7 +336,8 @@ def run(config: Config, images: Images, lease: Lease) -> int:
     result = json.loads(store.read("result.json"))
     print(summary(config, result, tracking_uri, time.perf_counter() - started))
     if left is not None and left.left:
-        print(f"{left.left} lines of the record are not in MLflow yet: python -m pipelines.sync {config.run.name}")
+        later = command_line("pipelines.sync", config.run.name, storage=config.run.storage)
+        print(f"{left.left} lines of the record are not in MLflow yet: {later}")
     return 0
 
 

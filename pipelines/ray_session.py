@@ -34,6 +34,15 @@ def connect(num_cpus: int = 0, address: str = "") -> Iterator[None]:
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     # Workers speak through pipelines.console and their errors; what Ray's own parts say besides stays in its logs.
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    try:
+        _start(address, num_cpus, options)
+        yield
+    finally:
+        # Also where Ctrl-C came while it started.
+        ray.shutdown()
+
+
+def _start(address: str, num_cpus: int, options: dict[str, Any]) -> None:
     if address:
         try:
             ray.init(address=address, **options)
@@ -47,7 +56,3 @@ def connect(num_cpus: int = 0, address: str = "") -> Iterator[None]:
         os.environ.setdefault("RAY_worker_killing_policy_by_group", "true")
         cpus = num_cpus or len(os.sched_getaffinity(0))
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
-    try:
-        yield
-    finally:
-        ray.shutdown()

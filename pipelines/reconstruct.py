@@ -285,7 +285,7 @@ def _record(run: str, folder: Store, out: Store, names: list[str]) -> None:
     if sent.left:
         _warn(
             f"{sent.left} pictures are not in MLflow yet ({sent.problem or 'no answer'}): send them later with "
-            f"python -m pipelines.sync {waiting} --storage {beside}"
+            f"{command_line('pipelines.sync', waiting, storage=str(beside))}"
         )
     else:
         print(f"sent {sent.files} pictures to the run's artifacts in MLflow, folder looking/")

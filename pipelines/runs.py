@@ -1,8 +1,10 @@
 """Runs that are there already: their folder, their configuration, and the encoder that they have come to."""
 
+import contextlib
 import difflib
 import json
 import re
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ import pydantic
 from pipelines.config import Config, identity_hash
 from pipelines.errors import UserError
 from pipelines.kinds import SHOWN, kind_of
+from pipelines.spool import SPOOL_FILE
 from pipelines.storage import Store, absolute
 
 if TYPE_CHECKING:
@@ -79,6 +82,22 @@ def final_step(store: Store) -> int | None:
     result, identity = (json.loads(store.read(name)) for name in ("result.json", "identity.json"))
     # The result of an earlier configuration, which this run went on from, is not this one's.
     return result["step"] if result["identity"] == identity_hash(identity) else None
+
+
+def finished_when(store: Store) -> str:
+    """When a run or a transfer has finished, as its record says: `` on 2026-11-30 at 12:00``; empty where it does not.
+
+    Args:
+        store: Its folder.
+    """
+    ended = 0.0
+    if store.exists(SPOOL_FILE):
+        for text in store.read(SPOOL_FILE).splitlines():
+            if b'"status"' in text:
+                with contextlib.suppress(ValueError):
+                    line = json.loads(text)
+                    ended = line["time"] if line.get("status") == "FINISHED" else ended
+    return time.strftime(" on %Y-%m-%d at %H:%M", time.localtime(ended)) if ended else ""
 
 
 def load_encoder(store: Store, config: Config, warn: Callable[[str], None]) -> "tuple[MaskedAutoencoder, int]":

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import pydantic
 
+from pipelines.commands import open_record
 from pipelines.errors import UserError
 from pipelines.sent import has_all
 from pipelines.spool import SPOOL_FILE, redact
@@ -130,6 +131,8 @@ class RunRecord(RunDescription):
     tracking_uri: str
     """Without credentials."""
     mlflow_run_id: str | None = None
+    experiment_id: str | None = None
+    """Of the experiment, in the same MLflow."""
 
     @classmethod
     def read(cls, folder: Path) -> "RunRecord":
@@ -149,6 +152,25 @@ class RunRecord(RunDescription):
     def write(self, folder: Path) -> None:
         """Writes ``run.json``, whole or not at all."""
         Store(str(folder)).write(RUN_FILE, self.model_dump_json(indent=2) + "\n")
+
+
+def shown_record(folder: Path, tracking_uri: str) -> str:
+    """A line that says where a run is seen in MLflow: a link to it, or the command that opens its database.
+
+    Args:
+        folder: The run's local folder.
+        tracking_uri: As ``resolve_tracking_uri`` gives it.
+
+    Returns:
+        Empty where MLflow has no such run yet, or has no address that a browser opens.
+    """
+    if tracking_uri.startswith("sqlite:///"):
+        return f"MLflow UI  {open_record(tracking_uri)}"
+    record = RunRecord.read(folder) if (folder / RUN_FILE).is_file() else None
+    if record is None or not tracking_uri.startswith("http") or not (record.experiment_id and record.mlflow_run_id):
+        return ""
+    address = redact(tracking_uri).rstrip("/")
+    return f"MLflow     {address}/#/experiments/{record.experiment_id}/runs/{record.mlflow_run_id}"
 
 
 def recorded(folder: Path) -> list[Path]:
@@ -175,12 +197,13 @@ def write_record(folder: Path, description: RunDescription, *, tracking_uri: str
     """
     folder.mkdir(parents=True, exist_ok=True)
     address = redact(tracking_uri)
-    uid, run_id = secrets.token_hex(16), None
+    uid, known = secrets.token_hex(16), None
     with contextlib.suppress(FileNotFoundError):
         old = RunRecord.read(folder)
-        uid, run_id = old.uid, old.mlflow_run_id if old.tracking_uri == address else None
+        uid, known = old.uid, old if old.tracking_uri == address else None
     fields = {name: getattr(description, name) for name in RunDescription.model_fields}
-    RunRecord(**fields, uid=uid, tracking_uri=address, mlflow_run_id=run_id).write(folder)
+    RunRecord(**fields, uid=uid, tracking_uri=address, mlflow_run_id=known.mlflow_run_id if known else None,
+              experiment_id=known.experiment_id if known else None).write(folder)  # fmt: skip
 
 
 def create_run(folder: Path, description: RunDescription, *, tracking_uri: str, timeout_s: float = 10.0) -> str | None:

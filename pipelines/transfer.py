@@ -19,7 +19,8 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.cli import parse_with_file
+from pipelines.amounts import flops
+from pipelines.cli import parse_with_file, to_toml
 from pipelines.commands import command_line
 from pipelines.config import Config
 from pipelines.data.shards import Manifest, load_index, load_manifest, need_labels, need_same_classes
@@ -27,10 +28,10 @@ from pipelines.early import check_gpus
 from pipelines.errors import USAGE_ERROR, UserError, run_command
 from pipelines.kinds import WEIGHTS, refuse_other
 from pipelines.lease import Lease, hold
-from pipelines.runs import final_step, find_run
+from pipelines.runs import final_step, find_run, finished_when
 from pipelines.spool import Spool
 from pipelines.storage import Store, absolute
-from pipelines.tracking import create_run, resolve_tracking_uri, send
+from pipelines.tracking import create_run, resolve_tracking_uri, send, shown_record
 from pipelines.training.runfolder import RunFolder
 from pipelines.transfer_config import Protocol, Transfer, TransferData, TransferTrain, metric, recipe, units
 from pipelines.transfer_identity import as_pretrained, dataset_name, identity, score_name
@@ -195,22 +196,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             values = identity(unit, step, digests)
             digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
             store = above.child("transfer").child(f"{dataset_name(unit)}-{score_name(unit)}-{digest}")
-            result = read_result(store, unit)
+            result, seconds = read_result(store, unit), None
             if result:
-                print(f"{score_name(unit)} has finished already; nothing to do")
+                print(f"{score_name(unit)} has finished already{finished_when(store)}; nothing to do")
             else:
                 if any(read_scored(store, seed) is None for seed in unit.seeds):
                     if not ray.is_initialized():
                         stack.enter_context(connect(address=transfer.scale.address))
-                        check_resources(transfer.scale, transfer.data.cpus_per_task)
+                    scale = check_resources(transfer.scale, transfer.data.cpus_per_task)
                     try:
                         with hold(store, f"the transfer {score_name(unit)}", "transfer") as lease:
-                            _run(unit, config, state, data, len(classes), parent, store, values, lease)
+                            _run(
+                                unit.model_copy(update={"scale": scale}),
+                                config,
+                                state,
+                                data,
+                                len(classes),
+                                parent,
+                                store,
+                                values,
+                                lease,
+                            )
                     except TransferFailedError as failed:
                         print(f"error: {score_name(unit)} failed: {failed}", file=sys.stderr)
                         return 1
-                result = finish(unit, store, classes)
-            print(told(unit, result, store, time.perf_counter() - began), flush=True)
+                result, seconds = finish(unit, store, classes), time.perf_counter() - began
+            print(told(unit, result, store, seconds), flush=True)
             if parent is not None:
                 note_on_parent(parent, store)
             scored.append((unit, result))
@@ -286,6 +297,7 @@ def _run(
 
     train, test = data
     store.write("config.json", transfer.model_dump_json(indent=2) + "\n")
+    store.write("config.toml", to_toml(transfer, "A resolved transfer. Feed it back with --config."))
     store.write("identity.json", json.dumps(values, indent=2))
     folder = RunFolder(store)
     uri = resolve_tracking_uri(transfer.storage)
@@ -315,14 +327,22 @@ def _run(
         raise TransferFailedError(failure[0] if failure else error)
 
 
-def told(transfer: Transfer, result: dict[str, Any], store: Store, seconds: float) -> str:
-    """What a person wants to know at the end."""
+def told(transfer: Transfer, result: dict[str, Any], store: Store, seconds: float | None) -> str:
+    """What a person wants to know at the end.
+
+    Args:
+        transfer: What was scored.
+        result: What it has come to.
+        store: Its folder.
+        seconds: What it took; None: it had finished before.
+    """
+    took = f", in {seconds:.0f} s" if seconds is not None else ""
     scores, name = result["scores"], metric(transfer)
     half = scores[f"test/{name}_interval"]
     spread = f" +- {half:.2f} (95 % interval over {len(result['seeds'])} seeds)" if half is not None else ""
     lines = [
         "",
-        f"{score_name(transfer)} of {transfer.run or transfer.weights} on {dataset_name(transfer)}, in {seconds:.0f} s",
+        f"{score_name(transfer)} of {transfer.run or transfer.weights} on {dataset_name(transfer)}{took}",
         f"  validation {scores[f'val/{name}']:.2f} %{' mIoU' if name == 'miou' else ''}",
         f"  test       {scores[f'test/{name}']:.2f} %{spread}; read at the end, nothing is chosen there",
     ]
@@ -330,10 +350,12 @@ def told(transfer: Transfer, result: dict[str, Any], store: Store, seconds: floa
         chosen = result["seeds"][0]["chosen"]["base_lr"]
         lines.append(f"  base_lr    {chosen:g}, the best of {len(result['tried'])} on the validation split")
     if scores["train/flops"]:
-        lines.append(f"  training   {scores['time/train_s']:.0f} s, {scores['train/flops'] / 1e15:.3g} PFLOP a seed")
+        lines.append(f"  training   {scores['time/train_s']:.0f} s, {flops(scores['train/flops'])} a seed")
     if result["unreadable"]:
         lines.append(f"  {result['unreadable']} images could not be read")
     lines.append(f"  {store.location}")
+    if line := shown_record(RunFolder(store).path, resolve_tracking_uri(transfer.storage)):
+        lines.append(f"  {line}")
     return "\n".join(lines)
 
 

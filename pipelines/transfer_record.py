@@ -12,6 +12,7 @@ import torch
 
 from mae_core.sheets import confusion_picture
 from pipelines import provenance
+from pipelines.commands import command_line
 from pipelines.config import flat
 from pipelines.data.shards import Manifest
 from pipelines.runs import final_step
@@ -63,8 +64,9 @@ def finish(unit: Transfer, store: Store, classes: Sequence[str]) -> dict[str, An
     if not told or told[-1]["metrics"] != scores:
         spool.metrics(max((line["step"] + 1 for line in told), default=0), scores)
     spool.tags({"mae.seeds": " ".join(map(str, unit.seeds))})
-    for name in (*write_confusion(folder.path, result, classes), _RESULT):
-        spool.artifact(name)
+    for name in (*write_confusion(folder.path, result, classes), "config.toml", _RESULT):
+        if name == _RESULT or (folder.path / name).exists():
+            spool.artifact(name)
     spool.status("FINISHED")
     spool.close()
     folder.write(_RESULT, json.dumps(result, indent=2))
@@ -101,9 +103,9 @@ def note_on_parent(parent: Store, store: Store) -> None:
     folder = RunFolder(parent)
     last, step = final_step(parent), _step(store)
     if last is None:
-        name = _name(parent)
+        sync = _sync(parent)
         print(f"the pretraining run has not finished: its scores are noted there by this command or by "
-              f"python -m pipelines.sync {name}, once it has")  # fmt: skip
+              f"{sync}, once it has")  # fmt: skip
         return
     if step not in (None, last):
         print(f"this is the score of step {step:,}, and the pretraining run has gone on to {last:,}: not noted there")
@@ -114,9 +116,14 @@ def note_on_parent(parent: Store, store: Store) -> None:
         folder.push()
         if left.left:
             print(
-                f"the score is not in MLflow yet ({left.problem}): python -m pipelines.sync {_name(parent)}",
+                f"the score is not in MLflow yet ({left.problem}): {_sync(parent)}",
                 file=sys.stderr,
             )
+
+
+def _sync(parent: Store) -> str:
+    """The command that sends what MLflow lacks of a run."""
+    return command_line("pipelines.sync", _name(parent), storage=parent.location.rpartition("/")[0])
 
 
 def note_missing(parent: Store) -> list[str]:

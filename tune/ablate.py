@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from pipelines import provenance
-from pipelines.cli import parse_with_file
+from pipelines.cli import parse_with_file, to_toml
 from pipelines.commands import command_line
 from pipelines.config import Config, flat, identity, total_steps, warmup_note
 from pipelines.errors import UserError, run_command
@@ -30,7 +30,7 @@ from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
 from pipelines.spool import redact
 from pipelines.storage import Store
-from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri
+from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, shown_record
 from pipelines.training.runfolder import RunFolder
 from tune import parent, tables
 from tune.claims import judge
@@ -228,16 +228,18 @@ def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell], lease: Lease)
     import ray
     from ray.tune.schedulers import FIFOScheduler
 
-    from tune.running import listed, run_trials, share
+    from tune.running import fitted, listed, run_trials, share
     from tune.trainable import Study, stop_sign
 
     store, ablation, folder = ready.store, ready.ablation, RunFolder(ready.store)
-    room = share(ready.config, ablation.concurrent)
+    config = fitted(ready.config)
+    room = share(config, ablation.concurrent)
     store.write(_FILE, json.dumps(definition(ready), indent=2))
-    values = ready.config.model_dump()
+    values = config.model_dump()
     values["scale"] |= {"reading_cpus": room.reading_cpus, "threads": room.threads}
     uri = resolve_tracking_uri(ablation.run.storage)
     run_id = create_run(folder.path, describe(ablation, ready.images), tracking_uri=uri)
+    folder.write("config.toml", to_toml(ablation, f"The ablation {_name(ablation)}. Feed it back with --config."))
     folder.push()
     study = Study(
         Config.model_validate(values),
@@ -253,6 +255,7 @@ def _train(ready: _Ready, journal: Journal, cells: Sequence[Cell], lease: Lease)
         lease,
     )
     with parent.own_record(folder, store.is_local) as spool:
+        spool.artifact("config.toml")
         ended = run_trials(
             study,
             journal,
@@ -375,8 +378,8 @@ def _keep(
         spool.artifact(f"pictures/{name}.png", "pictures")
         spool.status("FINISHED")
     print(f"\nsection    {store.path(f'tables/{name}.md')}\npicture    {store.path(f'pictures/{name}.png')}")
-    if uri.startswith("sqlite:///"):
-        print(f"MLflow UI  mlflow ui --backend-store-uri {uri}")
+    if line := shown_record(folder.path, uri):
+        print(line)
 
 
 def _table2(ablation: Ablation) -> int:

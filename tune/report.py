@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.amounts import prefix
 from tune.journal import shown
 from tune.parent import aligned
 from tune.space import encoder_part
@@ -62,7 +63,9 @@ def standard_error(score: float, num: int) -> float:
 def table(ranked: Sequence[Ranked], untrained: Sequence[Untrained], objective: str) -> str:
     """The configurations, best first, and below them the untrained encoders, as a table for the terminal."""
     keys = sorted(ranked[0].values) if ranked else []
-    head = ["", *(key.split(".", 1)[1] for key in keys), f"{objective} top-1", "seeds", "PFLOP", "seconds", "state"]
+    unit, letter = prefix(max((one.flops for one in ranked), default=0.0))
+    keys_shown = (key.split(".", 1)[1] for key in keys)
+    head = ["", *keys_shown, f"{objective} top-1", "seeds", f"{letter}FLOP", "seconds", "state"]
     rows = [head]
     for place, one in enumerate(ranked, 1):
         rows.append(
@@ -71,7 +74,7 @@ def table(ranked: Sequence[Ranked], untrained: Sequence[Untrained], objective: s
                 *(shown(one.values[key]) for key in keys),
                 _percent(one.score, one.half),
                 str(one.num_seeds or one.num_failed),
-                f"{one.flops / 1e15:.3g}",
+                f"{one.flops / unit:.3g}",
                 f"{one.seconds:.0f}",
                 one.state,
             ]

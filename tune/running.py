@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.repeater import Repeater
 
-from pipelines.config import Config, Scale
+from pipelines.config import Config, Scale, worker_cpus
 from pipelines.errors import UserError
 from tune.journal import Cell, Journal
 from tune.scheduler import JournalingScheduler
@@ -37,6 +37,13 @@ class Share:
     concurrent: int
     reading_cpus: float
     threads: int
+
+
+def fitted(config: Config) -> Config:
+    """A trial's configuration with the CPUs that each of its workers claims, where these are left open."""
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    claimed = worker_cpus(config.scale, config.data.cpus_per_task, nodes)
+    return config.model_copy(update={"scale": config.scale.model_copy(update={"cpus_per_worker": claimed})})
 
 
 def share(config: Config, at_most: int) -> Share:
@@ -76,7 +83,7 @@ def share(config: Config, at_most: int) -> Share:
 
 def places(node: dict[str, float], scale: Scale) -> int:
     """How many workers a node has room for."""
-    places = int(node.get("CPU", 0.0) / scale.cpus_per_worker + 1e-4)
+    places = int(node.get("CPU", 0.0) / (scale.cpus_per_worker or 1.0) + 1e-4)
     return min(places, int(node.get("GPU", 0.0)) * int(1 / scale.gpu_share + 1e-4)) if scale.gpu else places
 
 

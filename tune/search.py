@@ -31,7 +31,7 @@ from pipelines.pretrain import Images, check, resolve
 from pipelines.pretrain import main as pretrain_main
 from pipelines.spool import Spool, redact
 from pipelines.storage import Store
-from pipelines.tracking import RUN_FILE, RunDescription, create_run, resolve_tracking_uri, send
+from pipelines.tracking import RUN_FILE, RunDescription, create_run, resolve_tracking_uri, send, shown_record
 from pipelines.training.runfolder import RunFolder
 from tune import parent
 from tune.journal import Cell, Journal
@@ -245,8 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(f"best       {store.path('best.toml')} (a recipe for pipelines.pretrain --config)")
     uri = resolve_tracking_uri(search.run.storage)
-    if uri.startswith("sqlite:///"):
-        print(f"MLflow UI  mlflow ui --backend-store-uri {uri}")
+    if line := shown_record(RunFolder(store).path, uri):
+        print(line)
     return final(search, ranked[0], store) if search.final else 0
 
 
@@ -259,10 +259,11 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked],
     # Tune and its samplers take seconds to import: not for a mistake in the command.
     import ray
 
-    from tune.running import listed, optuna, run_trials, share
+    from tune.running import fitted, listed, optuna, run_trials, share
     from tune.trainable import Study, stop_sign
 
     search, space, config = ready.search, ready.space, ready.config
+    config = fitted(config)
     room = share(config, search.concurrent)
     open_search(store, search, definition(search, space, ready.images))
     values = config.model_dump()
@@ -272,6 +273,7 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked],
         journal.forget_failed()
     uri = resolve_tracking_uri(search.run.storage)
     run_id = create_run(folder.path, describe(search, space, ready.images), tracking_uri=uri)
+    folder.write("config.toml", to_toml(search, f"The search '{search.run.name}'. Feed it back with --config."))
     folder.push()
     steps = total_steps(config, ready.images.train.num_samples)
     known = f"; {len(journal.trials)} are known already" if journal.trials else ""
@@ -295,6 +297,7 @@ def _run(ready: _Ready, store: Store, lease: Lease) -> tuple[bool, list[Ranked],
         lease,
     )
     with parent.own_record(folder, store.is_local) as spool:
+        spool.artifact("config.toml")
         ended = run_trials(
             study,
             journal,

@@ -8,27 +8,33 @@ import ray
 import ray.train
 import ray.train.torch
 
-from pipelines.config import Scale
+from pipelines.config import Scale, worker_cpus
 from pipelines.errors import UserError
 from pipelines.storage import Store
 
 
-def check_resources(scale: Scale, reading: float) -> None:
-    """Holds what the run asks for against what this machine has.
+def check_resources(scale: Scale, reading: float) -> Scale:
+    """Holds what the run asks for against what this machine, or the cluster, has.
 
     Args:
         scale: What it asks for.
         reading: CPUs that one reading task claims.
 
+    Returns:
+        It, with the CPUs that a worker claims.
+
     Raises:
         UserError: It can never be met.
     """
     have = ray.cluster_resources()
+    may_grow = bool(scale.address or os.environ.get("RAY_ADDRESS"))
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    scale = scale.model_copy(update={"cpus_per_worker": worker_cpus(scale, reading, nodes, may_grow=may_grow)})
     if scale.min_workers:
         _check_room_for_reading(scale, reading)
     cpus = have.get("CPU", 0)
     wanted, wanted_gpus = scale.workers * scale.cpus_per_worker, scale.workers * scale.gpus_per_worker
-    if scale.address or os.environ.get("RAY_ADDRESS"):
+    if may_grow:
         # A cluster may still grow: Ray waits for what is missing.
         gpus = f" and {wanted_gpus:g} GPUs" if scale.gpu else ""
         if wanted + reading > cpus or wanted_gpus > have.get("GPU", 0):
@@ -37,7 +43,7 @@ def check_resources(scale: Scale, reading: float) -> None:
                 f"there are {cpus:g} and {have.get('GPU', 0):g}",
                 flush=True,
             )
-        return
+        return scale
     if wanted + reading > cpus:
         share = max(0.0, (cpus - reading) / scale.workers)
         raise UserError(
@@ -47,6 +53,7 @@ def check_resources(scale: Scale, reading: float) -> None:
         )
     if wanted_gpus > have.get("GPU", 0):
         raise UserError(f"scale.gpu asks for {wanted_gpus:g} GPUs; there are {have.get('GPU', 0):g}")
+    return scale
 
 
 def _check_room_for_reading(scale: Scale, reading: float) -> None:

@@ -486,7 +486,7 @@ class _Worker:
             self.folder.write("result.json", json.dumps(result, indent=2))
             if said:
                 self.spool.tags({"mae.notes": "; ".join(said)})
-            for name in ("config.json", "result.json", "skipped.jsonl"):
+            for name in ("config.json", "config.toml", "result.json", "skipped.jsonl"):
                 if (self.folder.path / name).exists():
                     self.spool.artifact(name)
             self.spool.status("FINISHED")

@@ -1,5 +1,6 @@
 """What becomes of workers, told in the driver's terminal: why one was lost, and which setting mends it."""
 
+import re
 from typing import Any
 
 import ray.train
@@ -39,6 +40,12 @@ def reason(error: BaseException, config: Config) -> str:
     text = str(cause).strip()
     if isinstance(cause, OutOfMemoryError) or ran_out(text):
         return f"its node ran out of memory: {setting(config)}"
+    if lost := re.search(r"\bits node has died\b|\bnode was terminated\b", text):
+        # In the words of Ray, which says first that the actor died, and far below that, and where, its node did.
+        address = re.search(r"^\s*ip: (\S+)", text, re.MULTILINE)
+        detail = re.search(r"node was terminated(?: \w+)?: *([^\n]+)", text[lost.start() :])
+        where = f"its node{f' {address[1]}' if address else ''} is lost"
+        return f"{where}: {detail[1].strip()}" if detail else where
     if type(error).__name__ == "WorkerHealthCheckTimeoutError":
         return "it no longer answers"
     return f"{type(cause).__name__}: {text.splitlines()[0] if text else 'no word'}"

@@ -9,8 +9,8 @@ from typing import Any
 from pipelines.storage import Store
 
 _FILES = (
-    "run.json", "config.json", "metrics.jsonl", "sent.json", "skipped.jsonl", "nonfinite.jsonl", "result.json",
-    "sync.log", "table.txt", "best.toml", "confusion.npy", "per_class.csv", "confusion.png",
+    "run.json", "config.json", "config.toml", "metrics.jsonl", "sent.json", "skipped.jsonl", "nonfinite.jsonl",
+    "result.json", "sync.log", "table.txt", "best.toml", "confusion.npy", "per_class.csv", "confusion.png",
 )  # fmt: skip
 
 

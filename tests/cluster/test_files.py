@@ -141,7 +141,10 @@ def test_the_job_is_a_run_that_can_go_on(manifest):
     gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
     assert config.scale.gpu
     assert config.scale.workers == workers["replicas"] * gpus
-    assert float(container["resources"]["limits"]["cpu"]) >= config.scale.cpus_per_worker + config.data.cpus_per_task
+    assert (
+        float(container["resources"]["limits"]["cpu"])
+        >= (config.scale.cpus_per_worker or 1) + config.data.cpus_per_task
+    )
 
 
 def test_a_stopped_job_has_time_for_its_checkpoint(manifest):

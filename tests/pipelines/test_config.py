@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.cli import flag_names, load_toml, to_toml
-from pipelines.config import Config, flat, identity, identity_hash, total_steps
+from pipelines.config import Config, Scale, flat, identity, identity_hash, total_steps, worker_cpus
 from pipelines.errors import UserError
 from pipelines.pretrain import read_config, resolve
 from pipelines.transfer_config import Transfer
@@ -105,3 +105,42 @@ def test_total_steps_round_up():
     config = read_config(["--train.epochs", "2.5", "--batch.global-size", "64"])
     assert total_steps(config, 100) == 4
     assert total_steps(read_config(["--train.steps", "9"]), 100) == 9
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "claimed"),
+    [
+        (1, [2.0], 1.0),
+        (2, [2.0], 0.67),
+        (1, [1.0], 0.34),
+        (2, [16.0], 1.0),
+        (16, [16.0], 0.95),
+        (4, [2.0, 2.0], 0.67),
+        (2, [0.0, 2.0, 2.0], 1.0),
+        (1, [0.5], 1.0),
+    ],
+)
+def test_a_worker_claims_what_leaves_room_for_reading(workers, nodes, claimed):
+    reading = Config().data.cpus_per_task
+    assert worker_cpus(Scale(workers=workers), reading, nodes) == claimed
+    assert worker_cpus(Scale(workers=workers, cpus_per_worker=3), reading, nodes) == 3
+    for packed in range(min(workers, int(nodes[-1] / claimed)) + 1):
+        # However many of them Ray puts on the last node, a reading task has room somewhere.
+        left = [*nodes[:-1], nodes[-1] - packed * claimed]
+        for i, cpus in enumerate(left[:-1]):
+            here = min(workers - packed, int(cpus / claimed))
+            packed, left[i] = packed + here, cpus - here * claimed
+        assert packed < workers or max(left) >= reading - 1e-6 or max(nodes) < reading
+
+
+def test_workers_of_a_cluster_that_may_grow_are_not_pressed_together():
+    assert worker_cpus(Scale(workers=8), 0.66, [4.0], may_grow=True) == 1.0
+    assert worker_cpus(Scale(workers=8), 0.66, [4.0]) < 0.5
+    assert worker_cpus(Scale(workers=4), 0.66, [4.0], may_grow=True) == 0.83
+
+
+def test_elastic_workers_leave_room_on_every_node():
+    claimed = worker_cpus(Scale(workers=2, min_workers=1), 0.66, [2.0, 1.5], may_grow=True)
+    assert claimed == 0.42
+    for cpus in (2.0, 1.5):
+        assert cpus - min(2, int(cpus / claimed)) * claimed >= 0.66 - 1e-4

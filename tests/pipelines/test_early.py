@@ -16,14 +16,14 @@ from pipelines.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SLOW = ("torch", "timm", "ray", "mlflow", "matplotlib")
-# Runs a command as `python -m` does, in a process that says at its end what it has imported.
-PROBE = """
-import runpy, sys, json
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-except SystemExit as stop:
-    print(json.dumps({"code": stop.code, "slow": [name for name in %r if name in sys.modules]}))
+# Runs commands as `python -m` does, and says after each how it ended, what it said and what is imported by then.
+PROBE = f"""
+import contextlib, io, json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv, said, told = words, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    print(json.dumps([said.getvalue(), [name for name in {SLOW} if name in sys.modules]]))
 """
 PRETRAIN = ["pretrain", "--data.train", "{shards}", "--storage", "{folder}/runs"]
 TRANSFER = ["transfer", "--storage", "{folder}", "--data.train", "{shards}", "--data.test", "{shards}"]
@@ -72,23 +72,28 @@ def packed(tmp_path_factory):
     return root / "shards"
 
 
-@pytest.mark.parametrize(("words", "told"), MISTAKES, ids=lambda what: " ".join(what) if isinstance(what, list) else "")
-def test_a_mistake_waits_for_no_heavy_import(words, told, packed, tmp_path):
-    words = [word.format(shards=packed, folder=tmp_path) for word in words]
-    module = words[0] if "." in words[0] else f"pipelines.{words[0]}"
-    command = [sys.executable, "-c", PROBE % (SLOW,), module, *words[1:]]
+def ends(commands):
+    """What each command says on stderr, and the slow modules that are imported when it has ended."""
+    command = [sys.executable, "-W", "ignore", "-c", PROBE, json.dumps(commands)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["code"], done.stderr.count("\n")) == (2, 1), done.stderr
-    assert told in done.stderr
-    assert found["slow"] == []
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("module", ["pipelines.pretrain", "pipelines.transfer", "tune.search"])
-def test_help_waits_for_no_heavy_import(module):
-    command = [sys.executable, "-c", PROBE % (SLOW,), module, "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == {"code": 0, "slow": []}
+def test_a_mistake_waits_for_no_heavy_import(packed, tmp_path):
+    commands = [[word.format(shards=packed, folder=tmp_path) for word in words] for words, _ in MISTAKES]
+    commands = [[words[0] if "." in words[0] else f"pipelines.{words[0]}", *words[1:]] for words in commands]
+    for words, (_, told), (said, slow) in zip(commands, MISTAKES, ends(commands), strict=True):
+        assert said.startswith("error: "), words
+        assert said.count("\n") == 1, said
+        assert told in said
+        assert slow == [], words
+
+
+def test_help_waits_for_no_heavy_import():
+    for said, slow in ends(
+        [[module, "--help"] for module in ("pipelines.pretrain", "pipelines.transfer", "tune.search")]
+    ):
+        assert (said, slow) == ("", [])
 
 
 def test_architectures_are_known_by_name_as_timm_knows_them():

@@ -23,7 +23,7 @@ TINY = [
 STEP = re.compile(rf"step +(\d+) of {STEPS}  loss ")
 # The last two are Ray's, before our first; its raylet tells of the killed worker.
 OURS = re.compile(
-    r"$|step +\d+ of |run |continuing from |  |MLflow UI |picture |warning: |could not be read: |left out of "
+    r"$|step +\d+ of |run |continuing from |  |MLflow |picture |warning: |could not be read: |left out of "
     r"|this will take |about |that is days on CPUs: |note: "
     r"|worker \d is lost: |\(raylet\) A worker died|Running entrypoint |.* job_manager.py"
 )
