@@ -55,7 +55,7 @@ class Server:
             self._process = subprocess.Popen(
                 command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        eventually(self.answers, 90)
+        eventually(self.answers, 180)
 
     def answers(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
@@ -225,4 +225,4 @@ def pictures_of(uri: str, run_id: str) -> list[int]:
 
 def sync(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "pipelines.sync", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)

@@ -26,7 +26,7 @@ from tests.stores import FaultyProxy, moto_server, put, s3_environment
 
 ROOT = Path(__file__).parents[2]
 # Seconds between beats, until one is stale, and to settle.
-FAST, PATIENT = (0.3, 3.0, 0.5), (0.3, 120.0, 0.5)
+FAST, STEADY, PATIENT = (0.3, 3.0, 0.5), (0.8, 4.0, 0.5), (0.3, 120.0, 0.5)
 HOLD = """
 import sys
 from pipelines.errors import run_command
@@ -200,10 +200,13 @@ def test_one_of_another_machine_is_watched(place, alive):
 
 def test_a_holder_that_stood_still_leaves_when_it_was_taken_over(place, begin):
     store, _ = place
-    first = begin(store, FAST)
+    first = begin(store, STEADY)
     assert holds(first)
+    # Behind a heartbeat, not in one, whose answer it would write over the next owner's later.
+    before = store.read(FILE)
+    wait_until(lambda: store.read(FILE) != before, 60, lambda: "no heartbeat")
     first.send_signal(signal.SIGSTOP)
-    second = begin(store, FAST)
+    second = begin(store, STEADY)
     assert holds(second)
     first.send_signal(signal.SIGCONT)
     assert first.wait(120) == 2

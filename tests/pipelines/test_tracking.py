@@ -91,7 +91,7 @@ def test_sqlite_from_beginning_to_continued_run(tmp_path: Path):
 def test_server_down_from_the_start_and_back_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     server = Server(tmp_path)
     folder = tmp_path / "runs" / "night"
-    assert create_run(folder, description("night"), tracking_uri=server.uri, timeout_s=5) is None
+    assert create_run(folder, description("night"), tracking_uri=server.uri, timeout_s=60) is None
     assert "not reachable" in capsys.readouterr().err
     spool = Spool(folder)
     follower = start_follower(folder)
