@@ -40,7 +40,9 @@ from pipelines.training.loop import train_worker
 from pipelines.training.lost import LostWorkers
 from pipelines.training.memory import ran_out, setting, watch_memory
 from pipelines.training.runfolder import RunFolder
+from pipelines.training.scores import check_classes
 from pipelines.training.unreadable import told
+from pipelines.weights_file import digest, local_file
 
 PROG = "python -m pipelines.pretrain"
 
@@ -55,13 +57,22 @@ def read_config(argv: Sequence[str] | None = None) -> Config:
 
 
 def resolve(config: Config) -> Config:
-    """The configuration with every path absolute, since workers run in other folders and on other machines."""
+    """The configuration with every path absolute, since workers run in other folders and on other machines.
+
+    Weights to begin with are known by what they hold.
+
+    Raises:
+        UserError: A file of weights is not there.
+    """
     values = config.model_dump()
     values["run"]["storage"] = absolute(config.run.storage)
     places = (("data", "train"), ("probe", "train"), ("probe", "test"), ("run", "init_from"), ("log", "ids_folder"))
     for section, key in places:
         if values[section][key]:
             values[section][key] = absolute(values[section][key])
+    if config.run.init_from and not config.run.init_digest:
+        with local_file(config.run.init_from, "run.init_from") as path:
+            values["run"]["init_digest"] = digest(path)
     return Config.model_validate(values)
 
 
@@ -77,8 +88,8 @@ def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
     if not config.data.train:
         raise UserError(f"data.train is not given: name shards with --data.train DIR (see {PROG} --help)")
     check_model(config)
-    if config.run.init_from:
-        check_initial_weights(config)
+    if config.run.init_from and (line := check_initial_weights(config)):
+        print(line, flush=True)
     if Store(config.run.storage).is_web:
         raise UserError(f"run.storage: nothing can be written to {config.run.storage}; name a folder, s3:// or gs://")
     if config.log.ids and not Store(config.log.ids_folder or config.run.storage).is_local:
@@ -91,6 +102,8 @@ def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
     for name, manifest in zip(("probe.train", "probe.test"), probes, strict=True):
         if manifest is not None and not manifest.classes:
             raise UserError(f"{name}: the shards in {manifest.location} have no labels, and a probe needs them")
+        if manifest is not None:
+            check_classes(name, manifest)
     labelled, test = probes
     if labelled and test and labelled.classes[: len(test.classes)] != test.classes:
         pairs = itertools.zip_longest(labelled.classes, test.classes)
