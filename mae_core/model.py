@@ -14,10 +14,10 @@ from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from mae_core.architectures import check_patches
 from mae_core.decoders import make_decoder_blocks
 from mae_core.layers import linear, use_fast_layers
 from mae_core.masking import Masking, random_masking, take
-from mae_core.names import check_patches
 from mae_core.plain_vit import plain_vit, sincos_table
 from mae_core.targets import make_target, patchify
 

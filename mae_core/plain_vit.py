@@ -7,8 +7,8 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from mae_core.architectures import EXAMPLES, check_name
 from mae_core.layers import is_plain_attention, is_plain_mlp
-from mae_core.names import EXAMPLES, check_name
 
 
 def sincos_table(grid_size: tuple[int, int], width: int, class_tokens: int = 1) -> torch.Tensor:

@@ -4,12 +4,15 @@ Q queries, K neighbours, R rows, L columns, H W C height, width and channels (1 
 confusion matrix its classes. Images are uint8 NumPy arrays.
 """
 
+import colorsys
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from mae_core.mask_images import IGNORE
+from mae_core.names import printable
 from mae_core.pictures import _GAP, _MARGIN, _NOTE_COLOUR, _NOTE_SIZE, _TILE, _TITLE_COLOUR, _TITLE_SIZE, _sheet, _tiles
 
 # Lightness rises evenly, so the order survives without colour: five points of matplotlib's "inferno" (CC0).
@@ -126,7 +129,7 @@ def confusion_picture(confusion_CC: Values, class_names: Sequence[str]) -> Image
 
     Args:
         confusion_CC: Counts, true class down, predicted class across.
-        class_names: A name each; long ones are cut.
+        class_names: A name each; long ones are cut, and what no font shows is escaped.
 
     Raises:
         ValueError: The matrix is not square, has negative counts, does not fit the names, or has less than 2 or more
@@ -147,7 +150,7 @@ def confusion_picture(confusion_CC: Values, class_names: Sequence[str]) -> Image
 
     cell = max(14, min(56, 640 // C))
     font = ImageFont.load_default(_NOTE_SIZE)
-    names = [_cut(name, font) for name in class_names]
+    names = [_cut(printable(name), font) for name in class_names]
     indent = _MARGIN + int(max(font.getlength(name) for name in names)) + _GAP
     left = top = indent + _TITLE_SIZE + _GAP  # the names are as long upwards as to the left
     legend_width = len(_LEGEND) * 60
@@ -175,6 +178,63 @@ def confusion_picture(confusion_CC: Values, class_names: Sequence[str]) -> Image
         draw.rectangle((x, y, x + 14, y + 14), fill=colour, outline=_NOTE_COLOUR)
         draw.text((x + 20, y + 7), f"{share:.0%}", _NOTE_COLOUR, font, anchor="lm")
     return page
+
+
+def segmentation_sheet(
+    images_BHWC: np.ndarray, masks_BHW: np.ndarray, predictions_BHW: np.ndarray, class_names: Sequence[str]
+) -> Image.Image:
+    """Draws a row for each image: the image, its label map, and a prediction; below them the colour of each class.
+
+    Args:
+        images_BHWC: uint8.
+        masks_BHW: Integer classes, ``IGNORE`` for what does not count, which is drawn in grey.
+        predictions_BHW: Integer classes.
+        class_names: A name each; the legend has those classes that are seen.
+
+    Raises:
+        ValueError: The shapes do not go together, or a class has no name.
+    """
+    shape = images_BHWC.shape[:3]
+    if masks_BHW.shape != shape or predictions_BHW.shape != shape:
+        raise ValueError(
+            f"images {images_BHWC.shape}, label maps {masks_BHW.shape} and predictions {predictions_BHW.shape} do not "
+            "go together: expected [B, H, W, C], [B, H, W] and [B, H, W]"
+        )
+    seen = np.unique(np.concatenate([masks_BHW.ravel(), predictions_BHW.ravel()]))
+    classes = [int(value) for value in seen if value != IGNORE]
+    if classes and not 0 <= classes[0] <= classes[-1] < len(class_names):
+        raise ValueError(f"classes {classes[0]} to {classes[-1]} for {len(class_names)} names: give a name for each")
+    colours_V3 = np.array([_class_colour(value) for value in range(256)], np.uint8)
+    colours_V3[IGNORE] = _NOTHING
+    maps = {"label map": masks_BHW, "prediction": predictions_BHW}
+    columns = {"image": _enlarged(images_BHWC)} | {
+        title: _enlarged(colours_V3[values_BHW.astype(np.int64)]) for title, values_BHW in maps.items()
+    }
+    sheet = _sheet(columns, [])
+    font = ImageFont.load_default(_NOTE_SIZE)
+    entries = [(_cut(printable(class_names[value]), font), tuple(colours_V3[value].tolist())) for value in classes]
+    if (masks_BHW == IGNORE).any():
+        entries.append(("does not count", _NOTHING))
+    places, x, line = [], _MARGIN, 0
+    for name, _ in entries:
+        width = 20 + int(font.getlength(name)) + 2 * _GAP
+        if x > _MARGIN and x + width > sheet.width - _MARGIN:
+            x, line = _MARGIN, line + 1
+        places.append((x, sheet.height + line * 20))
+        x += width
+    page = Image.new("RGB", (sheet.width, sheet.height + (line + 1) * 20 + _GAP), "white")
+    page.paste(sheet, (0, 0))
+    draw = ImageDraw.Draw(page)
+    for (name, colour), (left, top) in zip(entries, places, strict=True):
+        draw.rectangle((left, top, left + 14, top + 14), fill=colour, outline=_NOTE_COLOUR)
+        draw.text((left + 20, top + 7), name, _NOTE_COLOUR, font, anchor="lm")
+    return page
+
+
+def _class_colour(value: int) -> tuple[int, int, int]:
+    """A colour for each class: hues a golden section apart, so that neighbours differ, light and dark in turns."""
+    red, green, blue = colorsys.hsv_to_rgb(value * 0.618034 % 1, 0.75, (0.95, 0.65)[value % 2])
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _write_upwards(

@@ -81,7 +81,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         ValueError: It cannot be read as one.
         OSError: It cannot be opened.
     """
-    return _read(Path(path))[0]
+    return read_file(path)[0]
 
 
 def load_state(model: MaskedAutoencoder, state: dict[str, torch.Tensor]) -> None:
@@ -97,8 +97,14 @@ def load_state(model: MaskedAutoencoder, state: dict[str, torch.Tensor]) -> None
         raise ValueError(" ".join(str(error).splitlines()[1:2]).strip()) from error
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A checkpoint's tensors and, where ``save`` wrote it, what their shapes do not tell."""
+def read_file(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A checkpoint's tensors and, where ``save`` wrote it, what their shapes do not tell.
+
+    Raises:
+        ValueError: It cannot be read as one.
+        OSError: It cannot be opened.
+    """
+    path = Path(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -213,7 +219,7 @@ def load_official(
         OSError: The file cannot be opened.
     """
     path = Path(path)
-    state, known = _read(path)
+    state, known = read_file(path)
     if "cls_token" in state and not has_decoder(state):
         raise ValueError(f"{path} holds an encoder alone: load it with timm, or give a full checkpoint")
     needed = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
@@ -265,7 +271,7 @@ def load_weights(
         OSError: The file cannot be opened.
     """
     path = Path(path)
-    state, known = _read(path)
+    state, known = read_file(path)
     if "cls_token" not in state or has_decoder(state):
         if decoder_num_heads is None:
             decoder_num_heads = written if isinstance(written := known.get("decoder_num_heads"), int) else 16

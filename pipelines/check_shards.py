@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
+from mae_core.names import printable
 from pipelines.cli import parse
 from pipelines.data.index import (
     KeyRule,
@@ -40,7 +41,7 @@ from pipelines.data.shards import (
     read_info,
 )
 from pipelines.data.sources import named_split, split_of
-from pipelines.errors import UserError, printable, run_command
+from pipelines.errors import UserError, run_command
 from pipelines.storage import Store, absolute
 
 PROG = "python -m pipelines.check_shards"

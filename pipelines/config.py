@@ -67,7 +67,10 @@ class Run(Section):
     seed: int = Field(default=0, ge=0, lt=SEED_LIMIT)
     """Defines every random choice, together with epoch and sample."""
     init_from: str = ""
-    """Weights to begin with: an official MAE checkpoint (.pth) or a model.safetensors; empty: from scratch."""
+    """Weights to begin with: an official MAE checkpoint (.pth) or a model.safetensors, here or at an s3://, gs:// or
+    https:// address; empty: from scratch."""
+    init_digest: str = ""
+    """SHA-256 of init_from's content, which the run fills in: where it is given, another file is refused."""
     allow_change: bool = False
     """Continue a run although its configuration has changed."""
 
@@ -411,6 +414,9 @@ def identity(config: Config, data_digest: str) -> dict[str, Any]:
     """
     defaults = younger_defaults()
     values = {key: value for key, value in _result(config).items() if key in _FIRST or value != defaults[key]}
+    if config.run.init_digest:
+        # What the file holds, not where it lies.
+        values["run.init_from"] = config.run.init_digest
     return values | {"data.digest": data_digest}
 
 

@@ -5,7 +5,7 @@ import ctypes
 import os
 from pathlib import Path
 
-from mae_core.names import check_name, check_patches, patch_size, vit_names
+from mae_core.architectures import check_name, check_patches, patch_size, vit_names
 from pipelines.config import Config, Scale
 from pipelines.errors import UserError
 

@@ -6,17 +6,14 @@ import signal
 import sys
 from collections.abc import Callable
 
+from mae_core.names import printable
+
 FAILED, USAGE_ERROR, DIVERGED = 1, 2, 3
 """Exit codes of commands; one that was asked to stop has 128 and the signal's number."""
 
 
 class UserError(ValueError):
     """Wrong input, said in one line that names the thing, what was found and what to do."""
-
-
-def printable(text: str) -> str:
-    """A name on one line: what cannot be printed, line breaks among it, is escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def run_command(main: Callable[[], int | None]) -> None:

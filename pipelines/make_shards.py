@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from mae_core.names import printable
 from pipelines.cli import parse
 from pipelines.data.index import index_name, read_index
 from pipelines.data.next_step import next_step
@@ -30,7 +31,7 @@ from pipelines.data.sources import (
     read_images,
 )
 from pipelines.data.writing import write_shards
-from pipelines.errors import UserError, printable, run_command
+from pipelines.errors import UserError, run_command
 from pipelines.storage import Store, absolute
 
 PROG = "python -m pipelines.make_shards"

@@ -1,10 +1,14 @@
 """Plots of scores, drawn by matplotlib without a display."""
 
+import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from mae_core.names import printable
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by all eyes
 _MARKS = ("o", "s", "^", "D")
@@ -44,11 +48,13 @@ def draw_scores(lines: Mapping[str, Sequence[Point]], x_title: str, y_title: str
     costs = any(point.flops for points in lines.values() for point in points)
     figure = Figure(figsize=(10 if costs else 5.5, 4), layout="constrained")
     axes = figure.subplots(1, 2 if costs else 1, squeeze=False)[0]
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     # By name: a label belongs to one place on every line.
     labels = {point.x: point.label for points in lines.values() for point in points}
     places = {x: place for place, x in enumerate(sorted(labels))}
-    for (name, points), colour, mark in zip(lines.items(), COLOURS, _MARKS, strict=False):
+    looks = itertools.product(_MARKS, COLOURS)  # as many as nobody can tell apart any more
+    for (name, points), (mark, colour) in zip(lines.items(), itertools.cycle(looks), strict=False):
+        name = _plain(name)
         points = sorted(points, key=lambda point: point.x)
         half = [point.half or 0.0 for point in points]
         scores = [point.score for point in points]
@@ -58,9 +64,14 @@ def draw_scores(lines: Mapping[str, Sequence[Point]], x_title: str, y_title: str
             paid = [(point.flops / 1e12, one, point) for point, one in zip(points, scores, strict=True) if point.flops]
             axes[1].plot([cost for cost, _, _ in paid], [one for _, one, _ in paid], mark, color=colour, label=name)
             for cost, one, point in paid:
-                axes[1].annotate(f"{point.label} ({point.seconds:.0f} s)", (cost, one), fontsize=7, xytext=(3, 3),
-                                 textcoords="offset points")  # fmt: skip
-    axes[0].set_xticks(list(places.values()), [labels[x] for x in places])
+                axes[1].annotate(
+                    f"{_plain(point.label)} ({point.seconds:.0f} s)",
+                    (cost, one),
+                    fontsize=7,
+                    xytext=(3, 3),
+                    textcoords="offset points",
+                )
+    axes[0].set_xticks(list(places.values()), [_plain(labels[x]) for x in places])
     axes[0].set_xlabel(x_title)
     if costs:
         axes[1].set_xlabel("training, TFLOP a seed")
@@ -70,4 +81,12 @@ def draw_scores(lines: Mapping[str, Sequence[Point]], x_title: str, y_title: str
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             axis.legend()
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():
+        # Of a name with letters that the font does not have, it draws boxes.
+        warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from")
+        figure.savefig(path, dpi=110)
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it: it takes what stands between two dollar signs for a formula."""
+    return printable(name).replace("$", r"\$")

@@ -30,6 +30,7 @@ from pipelines.storage import Store, absolute
 from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send, send_rest, shown_record
 from pipelines.training.job import Job
 from pipelines.training.runfolder import RunFolder
+from pipelines.weights_file import digest, local_file
 
 # PyTorch, timm and Ray are imported in functions: who mistypes a flag need not wait seconds for them.
 PROG = command_line("pipelines.pretrain")
@@ -45,13 +46,22 @@ def read_config(argv: Sequence[str] | None = None) -> Config:
 
 
 def resolve(config: Config) -> Config:
-    """The configuration with every path absolute, since workers run in other folders and on other machines."""
+    """The configuration with every path absolute, since workers run in other folders and on other machines.
+
+    Weights to begin with are known by what they hold.
+
+    Raises:
+        UserError: A file of weights is not there.
+    """
     values = config.model_dump()
     values["run"]["storage"] = absolute(config.run.storage)
     places = (("data", "train"), ("probe", "train"), ("probe", "test"), ("run", "init_from"), ("log", "ids_folder"))
     for section, key in places:
         if values[section][key]:
             values[section][key] = absolute(values[section][key])
+    if config.run.init_from and not config.run.init_digest:
+        with local_file(config.run.init_from, "run.init_from") as path:
+            values["run"]["init_digest"] = digest(path)
     return Config.model_validate(values)
 
 
@@ -83,10 +93,15 @@ def check(config: Config) -> tuple[Manifest, Manifest | None, Manifest | None]:
     if labelled and test:
         need_same_classes("probe.train", labelled, "probe.test", test)
     from pipelines.training.build import check_initial_weights, check_model
+    from pipelines.training.scores import check_classes
+
+    for name, manifest in zip(("probe.train", "probe.test"), probes, strict=True):
+        if manifest is not None:
+            check_classes(name, manifest)
 
     check_model(config)
-    if config.run.init_from:
-        check_initial_weights(config)
+    if config.run.init_from and (line := check_initial_weights(config)):
+        print(line, flush=True)
     return train, labelled, test
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from mae_core.names import printable
 from pipelines.data.shards import Manifest
 from pipelines.tracking import DatasetInput
 
@@ -84,7 +85,7 @@ def dataset_inputs(data: Mapping[str, Manifest | None]) -> tuple[DatasetInput, .
         DatasetInput(
             name=name,
             digest=manifest.digest,
-            source=manifest.location,
+            source=printable(manifest.location),
             num_samples=manifest.num_samples,
             context=name,
         )

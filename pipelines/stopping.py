@@ -52,13 +52,22 @@ def take_signals() -> Iterator[Signals]:
             signal.signal(number, handler)
 
 
-def do_until_stopped(work: Callable[[], None], console: Any, signals: Signals) -> None:
+def do_until_stopped(
+    work: Callable[[], None],
+    console: Any,
+    signals: Signals,
+    *,
+    what: str = "the run",
+    patience_s: float = REACH_A_STEP_S,
+) -> None:
     """Does a run's work; where a signal comes, the workers are told to stop after their next step.
 
     Args:
         work: What waits for the workers; it is done in a thread, since Ray Train would take Ctrl-C for itself.
         console: The workers'.
         signals: Those that come.
+        what: Whose work it is, as it is named in the terminal.
+        patience_s: So long the workers have to end a step together; 0: there are no steps, and it ends at once.
 
     Raises:
         StoppedError: A signal came before the run's end.
@@ -80,13 +89,12 @@ def do_until_stopped(work: Callable[[], None], console: Any, signals: Signals) -
         if signals.number and not told:
             told = time.monotonic()
             name = signal.Signals(signals.number).name
-            print(f"{name}: the run stops at its next step, with a checkpoint; once more: now", flush=True)
+            how = "at its next step, with a checkpoint; once more: now" if patience_s else "here"
+            print(f"{name}: {what} stops {how}", flush=True)
             console.stop.remote()
-        if told and time.monotonic() - told > REACH_A_STEP_S and _stopped_at(console) is None:
-            raise StoppedError(
-                f"stopped, though no step ended within {REACH_A_STEP_S:g} s",
-                signals.number,
-            )
+        if told and time.monotonic() - told > patience_s and _stopped_at(console) is None:
+            late = f", though no step ended within {patience_s:g} s" if patience_s else ""
+            raise StoppedError(f"stopped{late}", signals.number)
     if raised:
         raise raised[0]
     if told and (step := _stopped_at(console)) is not None:

@@ -5,6 +5,7 @@ differs); flags go over it.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -43,10 +44,14 @@ class TransferData(Section):
     """Labelled shards to learn from."""
     test: str = ""
     """Labelled shards to score on, when all that is chosen has been chosen."""
+    val: str = ""
+    """Labelled shards to choose on; empty: a share of data.train, val_share, is held out."""
     name: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
     """The data set's name in the record; empty: of the folder that holds data.train."""
     num_classes: int = Field(default=0, ge=0, le=255)
     """Of protocol segment: classes in the masks, whose values count from 0 on; 0: what the shards' manifest says."""
+    class_names: tuple[str, ...] = ()
+    """Of protocol segment: a name for each of the masks' classes, from 0 on; empty: their numbers."""
     image_size: ImageSize = (0, 0)
     """Height and width in pixels, one number: a square; 0: as in pretraining. The position table is resampled to
     another."""
@@ -56,7 +61,7 @@ class TransferData(Section):
     std: tuple[float, ...] = ()
     """Standard deviation of each channel; empty: as mean."""
     val_share: float = Field(default=0.1, gt=0, lt=1)
-    """Share of data.train that is held out for choosing."""
+    """Share of data.train that is held out for choosing; none where data.val is given."""
     label_fraction: tuple[float, ...] = (1.0,)
     """Share of the other images of data.train that is learned from; several: one transfer for each, and a plot."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -83,7 +88,7 @@ class TransferTrain(Section):
     global_size: Annotated[int, also("--batch.global-size")] = Field(default=1024, gt=0)
     """Images an optimiser step, over all workers."""
     micro_size: Annotated[int, also("--batch.micro-size")] = Field(default=64, gt=0)
-    """Largest number of images that a worker takes at once; even where mixup or cutmix is on."""
+    """Largest number of images that a worker takes at once, which mixup and cutmix mix with each other."""
     optimizer: Literal["adamw", "lars"] = "adamw"
     """lars: as in the paper's linear probe."""
     base_lr: Annotated[float, also("--optim.base-lr")] = Field(default=1e-3, gt=0)
@@ -127,7 +132,8 @@ class Transfer(Section):
     run: Annotated[str, also("--run.name")] = ""
     """The pretraining run whose encoder is scored."""
     weights: str = ""
-    """Or a file: an official MAE checkpoint (.pth) or a model.safetensors, with a decoder or without."""
+    """Or a file: an official MAE checkpoint (.pth) or a model.safetensors, with a decoder or without; here or at an
+    s3://, gs:// or https:// address."""
     num_heads: int = Field(default=0, ge=0)
     """Of weights: heads of the encoder; 0: as the file says, else as ViTs of its width have."""
     storage: Annotated[str, also("--run.storage")] = "runs"
@@ -149,6 +155,9 @@ class Transfer(Section):
     """Features: the mean of the patch tokens, or the class token."""
     knn_k: Annotated[int, also("--probe.knn-k")] = Field(default=20, gt=0)
     """Neighbours that vote."""
+    random_baseline: bool = True
+    """Also score a random encoder: of knn, linear-fast, linear and segment, where the encoder does not train. The first
+    two read the images once for both; the others train one more head, with the first seed alone."""
     log_every: Annotated[int, also("--log.every")] = Field(default=20, gt=0)
     """Steps between two progress lines."""
     checkpoint_minutes: Annotated[float, also("--checkpoint.every-minutes")] = Field(default=5.0, gt=0)
@@ -180,8 +189,9 @@ class Transfer(Section):
             raise ValueError(f"against_scratch is for the protocol finetune, not for {self.protocol}")
         if self.num_heads and not self.weights:
             raise ValueError("num_heads goes with weights: a run has its own")
-        if self.data.num_classes and self.protocol != "segment":
-            raise ValueError(f"data.num_classes is for the protocol segment, not for {self.protocol}")
+        for name in ("num_classes", "class_names"):
+            if getattr(self.data, name) and self.protocol != "segment":
+                raise ValueError(f"data.{name} is for the protocol segment, not for {self.protocol}")
         train = self.train
         mixes = train.mixup or train.cutmix or train.erasing or train.smoothing or self.data.auto_augment
         if self.protocol == "segment" and (mixes or train.optimizer == "lars"):
@@ -196,8 +206,8 @@ class Transfer(Section):
         for name, given in (("base_lrs", rates), ("ema", self.train.ema)):
             if given and self.protocol in CACHED:
                 raise ValueError(f"train.{name} is for the protocols that train, not for {self.protocol}")
-        if (self.train.mixup or self.train.cutmix) and self.train.micro_size % 2:
-            raise ValueError(f"train.micro_size must be even for mixup and cutmix, found {self.train.micro_size}")
+        if (self.train.mixup or self.train.cutmix) and self.train.micro_size < 2:
+            raise ValueError(f"train.micro_size must be 2 or more for mixup and cutmix, found {self.train.micro_size}")
         return self
 
 
@@ -264,6 +274,36 @@ def recipe(protocol: str) -> dict[str, Any]:
 def metric(transfer: Transfer) -> str:
     """What a protocol is scored by, as its scores are named."""
     return "miou" if transfer.protocol == "segment" else "top1"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a training is.
+
+    Args:
+        global_size: Images a step.
+        steps: Optimiser steps.
+        warmup_steps: Those over which the learning rate rises from 0.
+        asked_warmup: As many as ``train.warmup_epochs`` asks for; more than half of the steps are not given.
+    """
+
+    global_size: int
+    steps: int
+    warmup_steps: int
+    asked_warmup: int
+
+
+def schedule(train: TransferTrain, num: int) -> Schedule:
+    """The schedule of a training on so many images."""
+    size = min(train.global_size, num)
+    steps = max(1, round(train.epochs * num / size))
+    asked = round(train.warmup_epochs * num / size)
+    return Schedule(size, steps, min(asked, steps // 2), asked)
+
+
+def with_random(unit: Transfer) -> bool:
+    """Whether a random encoder is scored too: where asked for, and where the encoder does not train."""
+    return unit.random_baseline and unit.protocol in (*CACHED, "linear", "segment")
 
 
 def by_chance(unit: Transfer) -> bool:

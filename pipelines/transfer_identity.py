@@ -2,17 +2,19 @@
 
 import json
 import re
+from pathlib import PurePosixPath
 from typing import Any
 
 from pipelines.config import Config, flat
+from pipelines.objects import split_query
 from pipelines.transfer_config import CACHED, Transfer, TransferTrain, metric, recipe
 
 # Where a transfer runs and lies, how often it tells, what ``units`` has resolved, and the seeds, each of which has a
 # result of its own.
 _NOT_RESULT: frozenset[str] = frozenset((
     "run", "weights", "storage", "sweep", "against_scratch", "seeds", "log_every", "checkpoint_minutes", "experiment",
-    "data.train", "data.test", "data.name", "data.num_classes", "data.deadline_s", "data.max_unreadable",
-    "data.cpus_per_task",
+    "random_baseline", "data.train", "data.test", "data.val", "data.name", "data.num_classes", "data.class_names",
+    "data.deadline_s", "data.max_unreadable", "data.cpus_per_task",
 ))  # fmt: skip
 _TRAIN = frozenset(f"train.{key}" for key in TransferTrain.model_fields)
 # Of protocol segment, whose masks must move with their images, under AdamW, on a frozen encoder.
@@ -26,6 +28,8 @@ def _ignored(unit: Transfer) -> set[str]:
     """The keys that a transfer's protocol makes no use of."""
     protocol = unit.protocol
     found: set[str] = set(_NOT_RESULT)
+    if unit.data.val:
+        found.add("data.val_share")
     if protocol != "partial":
         found.add("blocks")
     if protocol != "knn":
@@ -78,6 +82,11 @@ def dataset_name(config: Transfer) -> str:
     while len(parts) > 1 and parts[-1].lower() in ("train", "training", "shards"):
         parts.pop()
     return re.sub(r"[^A-Za-z0-9._-]+", "-", parts[-1]) if parts else "data"
+
+
+def source_name(config: Transfer) -> str:
+    """The name of what is scored: the run's, or that of the file of weights without its folder and ending."""
+    return config.run or PurePosixPath(split_query(config.weights)[0]).stem
 
 
 def score_name(unit: Transfer) -> str:

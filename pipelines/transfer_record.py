@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mae_core.names import printable
 from mae_core.sheets import confusion_picture
 from pipelines import provenance
 from pipelines.commands import command_line
@@ -20,33 +21,52 @@ from pipelines.spool import Spool
 from pipelines.storage import Store
 from pipelines.tracking import RUN_FILE, RunDescription, RunRecord, send
 from pipelines.training.runfolder import RunFolder
-from pipelines.training.scores import read_scored, summarise
-from pipelines.transfer_config import Transfer
-from pipelines.transfer_identity import dataset_name, score_key, score_name
+from pipelines.training.scores import SHEET, read_random, read_scored, summarise
+from pipelines.transfer_config import Transfer, metric, with_random
+from pipelines.transfer_identity import dataset_name, score_key, score_name, source_name
+from pipelines.weights_file import shown
 
 _RESULT = "result.json"
 _MOST_TOLD = 3
 
 
-def describe(unit: Transfer, data: tuple[Manifest, Manifest], parent: Store | None) -> RunDescription:
+def describe(unit: Transfer, data: Mapping[str, Manifest], parent: Store | None) -> RunDescription:
     """What MLflow is told: a child of the pretraining run. Of which seeds it is, ``finish`` tells."""
     record = RunRecord.read(RunFolder(parent).path) if parent is not None and parent.exists(RUN_FILE) else None
     return RunDescription(
         experiment=record.experiment if record else unit.experiment,
-        name=f"{unit.run or Path(unit.weights).stem} {dataset_name(unit)} {score_name(unit)}",
-        params={key: value for key, value in flat(unit).items() if key != "seeds"},
-        tags={"mae.kind": "transfer", "mae.pretraining": unit.run or unit.weights, **provenance.tags()},
-        datasets=provenance.dataset_inputs({"train": data[0], "test": data[1]}),
+        name=f"{printable(source_name(unit))} {dataset_name(unit)} {score_name(unit)}",
+        params={
+            key: shown(value) if key == "weights" else _printable(value)
+            for key, value in flat(unit).items()
+            if key != "seeds"
+        },
+        tags={"mae.kind": "transfer", "mae.pretraining": unit.run or shown(unit.weights), **provenance.tags()},
+        datasets=provenance.dataset_inputs(dict(data)),
         parent_run_id=record.mlflow_run_id if record else None,
     )
 
 
+def _printable(value: Any) -> Any:
+    """A parameter as a database takes it."""
+    if isinstance(value, str):
+        return printable(value)
+    return tuple(map(_printable, value)) if isinstance(value, tuple) else value
+
+
 def read_result(store: Store, unit: Transfer) -> dict[str, Any] | None:
-    """A transfer's result over the seeds asked for; None where there is none, or one over others."""
+    """A transfer's result as it is asked for; None where there is none, or one over other seeds or other names.
+
+    One that is asked for a random encoder's score is none without.
+    """
     if not store.exists(_RESULT):
         return None
     result = json.loads(store.read(_RESULT))
-    return result if {one["seed"] for one in result["seeds"]} == set(unit.seeds) else None
+    names, asked = result.get("class_names"), list(unit.data.class_names)
+    if {one["seed"] for one in result["seeds"]} != set(unit.seeds) or (asked and names != asked):
+        return None
+    has_random = f"test/random_{metric(unit)}" in result["scores"]
+    return result if has_random or not with_random(unit) else None
 
 
 def finish(unit: Transfer, store: Store, classes: Sequence[str]) -> dict[str, Any]:
@@ -55,7 +75,9 @@ def finish(unit: Transfer, store: Store, classes: Sequence[str]) -> dict[str, An
     The scores of a result are one step in MLflow: over other seeds they stand at the next step.
     """
     scored = [one for seed in unit.seeds if (one := read_scored(store, seed))]
-    result = {**summarise(unit, scored), "key": score_key(unit)}
+    result = {**summarise(unit, scored, read_random(store)), "key": score_key(unit)}
+    if unit.data.class_names:
+        result["class_names"] = list(unit.data.class_names)
     folder = RunFolder(store)
     scores = {key: value for key, value in result["scores"].items() if value is not None}
     told = [line for line in folder.read_lines("metrics.jsonl") if scores.keys() & line.get("metrics", {}).keys()]
@@ -63,8 +85,9 @@ def finish(unit: Transfer, store: Store, classes: Sequence[str]) -> dict[str, An
     # A driver that was killed here may have written them.
     if not told or told[-1]["metrics"] != scores:
         spool.metrics(max((line["step"] + 1 for line in told), default=0), scores)
-    spool.tags({"mae.seeds": " ".join(map(str, unit.seeds))})
-    for name in (*write_confusion(folder.path, result, classes), "config.toml", _RESULT):
+    spool.tags({"mae.seeds": " ".join(map(str, unit.seeds)), "mae.at_chance": _word(result["at_chance"])})
+    drawn = [SHEET] if (folder.path / SHEET).exists() else []
+    for name in (*write_confusion(folder.path, result, classes), *drawn, "config.toml", _RESULT):
         if name == _RESULT or (folder.path / name).exists():
             spool.artifact(name)
     spool.status("FINISHED")
@@ -83,10 +106,10 @@ def write_confusion(folder: Path, result: Mapping[str, Any], classes: Sequence[s
 
     ``confusion.npy`` holds int64 [C, C], rows true; the picture of more than 100 classes could not be read.
     """
-    confusion_CC = np.array(result["confusion"])
+    confusion_CC, classes = np.array(result["confusion"]), [printable(name) for name in classes]
     np.save(folder / "confusion.npy", confusion_CC)
     counted, score = ("pixels", "iou") if result["protocol"] == "segment" else ("images", "top1")
-    with (folder / "per_class.csv").open("w", newline="") as file:
+    with (folder / "per_class.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["class", counted, score])
         # What has no score is left empty.
@@ -169,9 +192,9 @@ def _note(folder: RunFolder, store: Store) -> str:
         # A point at a step that there is already would be dropped.
         steps = [line["step"] for line in folder.read_lines("metrics.jsonl") if key in line.get("metrics", {})]
         spool.metrics(max(steps, default=-1) + 1, {key: value})
-    spool.tags({_tag(key): name})
+    spool.tags({_tag(key): name, f"{_tag(key)}_at_chance": _word(result.get("at_chance", False))})
     spool.close()
-    told = f"{key} is {value:.2f} % on the pretraining run now"
+    told = f"{key} is {value:.2f} % on the pretraining run now{', at chance level' * result.get('at_chance', False)}"
     if old is None or by == name:
         return told
     return f"{told}, instead of {old:.2f} %{_of_whom(store, by) if by else ''}"
@@ -196,6 +219,10 @@ def _of_whom(store: Store, other: str) -> str:
     told = [f"{key} {mine.get(key)}, was {theirs.get(key)}" for key in keys[:_MOST_TOLD]]
     more = f"; {len(keys) - _MOST_TOLD} more" if len(keys) > _MOST_TOLD else ""
     return f" of {other} ({'; '.join(told)}{more})"
+
+
+def _word(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def _tag(key: str) -> str:

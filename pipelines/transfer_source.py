@@ -16,10 +16,11 @@ from pipelines.runs import find_run, load_encoder, run_config
 from pipelines.storage import Store
 from pipelines.training.build import build_model
 from pipelines.transfer_config import Transfer
+from pipelines.weights_file import digest, local_file, shown
 
 
-def source(transfer: Transfer) -> tuple[Store | None, Config, dict[str, torch.Tensor], int]:
-    """The encoder that is scored: its run's folder (None: of a file), configuration, weights and step.
+def source(transfer: Transfer) -> tuple[Store | None, Config, dict[str, torch.Tensor], int, str]:
+    """The encoder that is scored: its run's folder (None: of a file), configuration, weights, step, a file's digest.
 
     Raises:
         UserError: There is none, or it cannot be read.
@@ -28,11 +29,15 @@ def source(transfer: Transfer) -> tuple[Store | None, Config, dict[str, torch.Te
         store = find_run(transfer.storage, transfer.run)
         config = run_config(store)
         model, step = load_encoder(store, config, lambda line: print(f"warning: {line}", file=sys.stderr))
-        return store, config, weights.official_state(model), step
-    if not Path(transfer.weights).is_file():
-        raise UserError(f"--weights: no file '{transfer.weights}'")
+        return store, config, weights.official_state(model), step, ""
+    with local_file(transfer.weights, "--weights") as path:
+        return _of_file(transfer, path)
+
+
+def _of_file(transfer: Transfer, path: Path) -> tuple[None, Config, dict[str, torch.Tensor], int, str]:
+    """As ``source``, of a file on this machine."""
     try:
-        model, has_decoder = weights.load_weights(transfer.weights, num_heads=transfer.num_heads or None)
+        model, has_decoder = weights.load_weights(path, num_heads=transfer.num_heads or None)
         config = _config_of(model, has_decoder)
         # Of an encoder alone the decoder is a new one, which nobody asks.
         whole = build_model(config)
@@ -41,9 +46,9 @@ def source(transfer: Transfer) -> tuple[Store | None, Config, dict[str, torch.Te
             state = weights.official_state(whole) | weights.encoder_state(model)
         weights.load_state(whole, state)
     except pydantic.ValidationError as error:
-        raise UserError(f"--weights: {transfer.weights}: {reason(error)}") from None
+        raise UserError(f"--weights: {shown(transfer.weights)}: {reason(error)}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"--weights: {error}") from None
+        raise UserError(f"--weights: {str(error).replace(str(path), shown(transfer.weights))}") from None
     if transfer.data.mean or transfer.data.std:
         whose = "as given"
     elif model.mean and model.std:
@@ -52,7 +57,7 @@ def source(transfer: Transfer) -> tuple[Store | None, Config, dict[str, torch.Te
         whose = f"{'ImageNet' if model.channels == 3 else 'grey'}'s, as the file does not say"
     mean, std = transfer.data.mean or config.data.mean, transfer.data.std or config.data.std
     print(f"{model.num_heads} heads; images are normalised by mean {mean} and std {std}: {whose}")
-    return None, config, state, 0
+    return None, config, state, 0, digest(path)
 
 
 def _config_of(model: MaskedAutoencoder, has_decoder: bool) -> Config:

@@ -39,10 +39,12 @@ def write_scenes(folder: Path, num: int, *, size: tuple[int, int] = (32, 40), se
             path.write_bytes(png(pixels))
 
 
-def pack(folder: Path, out: Path, *, masks: bool = True, resize: int = 0) -> tuple[Packing, Manifest]:
-    """Packs what ``write_scenes`` wrote."""
+def pack(
+    folder: Path, out: Path, *, masks: bool = True, resize: int = 0, most: int = 1 << 20
+) -> tuple[Packing, Manifest]:
+    """Packs what ``write_scenes`` wrote, into shards of so many bytes at most."""
     listing = list_images(find_source(str(folder / "images")), "train")
-    options = PackingOptions("train", 1 << 20, seed=0, resize=resize, quality=90, labels=True)
+    options = PackingOptions("train", most, seed=0, resize=resize, quality=90, labels=True)
     packing = plan_packing(listing, options, list_masks(listing, str(folder / "masks")) if masks else None)
     store = Store(str(out))
     for _ in write_shards(packing.shards, packing.source, options, store):

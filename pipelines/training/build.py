@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from pipelines.errors import UserError
 from pipelines.reading import ReadPolicy
 from pipelines.training.step import Trainer, autocast
 from pipelines.training.unreadable import check_readable
+from pipelines.weights_file import digest, local_file, shown
 
 FIT_IMAGES = GRAIN
 _FIT_ROWS = 64
@@ -190,38 +192,80 @@ def check_model(config: Config) -> None:
         build_model(config)
 
 
-def check_initial_weights(config: Config) -> None:
-    """Holds ``run.init_from`` against the model's shapes, without the model's memory.
+def check_initial_weights(config: Config) -> str:
+    """Holds ``run.init_from`` against the model, without the model's memory.
+
+    Returns:
+        What is taken for granted, as the file does not say it, in a line.
 
     Raises:
-        UserError: It is not there, not readable, or of another shape.
+        UserError: It is not there, not readable, not the file that ``run.init_digest`` says, of another shape, or of a
+            model whose heads or image size are others.
     """
-    path = config.run.init_from
-    if not Path(path).is_file():
-        raise UserError(f"run.init_from: no file '{path}'")
-    try:
-        found = weights.read_state(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"run.init_from: {error}") from None
+    run, name = config.run, shown(config.run.init_from)
+    with local_file(run.init_from, "run.init_from") as path:
+        if run.init_digest not in ("", digest(path)):
+            raise UserError(
+                f"run.init_from: {name} is not the file that it was: its SHA-256 is {digest(path)}, and "
+                f"run.init_digest says {run.init_digest}; give that file, or leave run.init_digest out"
+            )
+        try:
+            found, known = weights.read_file(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"run.init_from: {_named(error, path, run.init_from)}") from None
     with torch.device("meta"):
-        expected = weights.official_state(build_model(config))
-    for name in sorted(expected.keys() | found.keys()):
-        theirs, ours = (list(state[name].shape) if name in state else "missing" for state in (found, expected))
+        model = build_model(config)
+    expected = weights.official_state(model)
+    for tensor in sorted(expected.keys() | found.keys()):
+        theirs, ours = (list(state[tensor].shape) if tensor in state else "missing" for state in (found, expected))
         if theirs != ours:
             raise UserError(
-                f"run.init_from: {path} does not fit the model: {name} is {theirs} in the file, {ours} in the model"
+                f"run.init_from: {name} does not fit the model: {tensor} is {theirs} in the file, {ours} in the model"
             )
+    # What no shape tells: with other heads the same weights make other features.
+    unseen: dict[str, tuple[Any, str]] = {
+        "num_heads": (model.num_heads, "model.heads"),
+        "image_size": (list(model.image_size), "data.image_size"),
+    }
+    if config.model.decoder == "transformer":
+        unseen["decoder_num_heads"] = model.decoder_heads, "model.decoder_heads"
+    for what, (ours, key) in unseen.items():
+        if what in known and known[what] != ours:
+            raise UserError(
+                f"run.init_from: {name} was written with {what} {known[what]}, and {key} is {ours} here: the "
+                f"same weights would compute something else; give --{key.replace('_', '-')} {_flag(known[what])}"
+            )
+    if "num_heads" not in known:
+        return (
+            f"{name} does not say how many heads it was trained with: taken are {model.num_heads} in the "
+            f"encoder (--model.heads) and {model.decoder_heads} in the decoder (--model.decoder-heads)"
+        )
+    theirs, ours = [list(known.get(key, ())) for key in ("mean", "std")], [list(model.mean), list(model.std)]
+    if theirs == ours or not all(theirs):
+        return ""
+    return (
+        f"{name} was trained on images normalised by mean {theirs[0]} and std {theirs[1]}; here they are "
+        f"normalised by {ours[0]} and {ours[1]} (--data.mean, --data.std)"
+    )
 
 
-def initial_weights(model: MaskedAutoencoder, path: str) -> None:
+def initial_weights(model: MaskedAutoencoder, location: str) -> None:
     """Fills a model with the weights of a checkpoint of the same shape.
 
     Raises:
         UserError: It is not there, not readable, or of another shape.
     """
-    if not Path(path).is_file():
-        raise UserError(f"run.init_from: no file '{path}'")
-    try:
-        weights.load_state(model, weights.read_state(path))
-    except ValueError as error:
-        raise UserError(f"run.init_from: {path}: {error}") from None
+    with local_file(location, "run.init_from") as path:
+        try:
+            weights.load_state(model, weights.read_state(path))
+        except ValueError as error:
+            raise UserError(f"run.init_from: {shown(location)}: {_named(error, path, location)}") from None
+
+
+def _named(error: Exception, path: Path, location: str) -> str:
+    """An error's words, under the name that the user knows the file by."""
+    return str(error).replace(str(path), shown(location))
+
+
+def _flag(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -49,6 +49,7 @@ from pipelines.training.step import Trainer, autocast, train_step
 from pipelines.training.unreadable import FILE as UNREADABLE
 from pipelines.training.unreadable import Unreadable, UnreadableError
 from pipelines.training.writer import Writer
+from pipelines.weights_file import shown
 
 # A disk that is full or closed stays so: starting again is of no use.
 _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -202,7 +203,7 @@ class _Worker:
             self.say(f"continuing from the checkpoint of step {found} of {self.steps}")
         elif self.config.run.init_from:
             initial_weights(self.model, self.config.run.init_from)
-            self.say(f"starting from the weights of {self.config.run.init_from}")
+            self.say(f"starting from the weights of {shown(self.config.run.init_from)}")
         elif self.model.target.needs_fit:
             if self.rank == 0:
                 self.say(f"fitting the target {self.config.model.target} on images of the training data")
@@ -345,9 +346,15 @@ class _Worker:
         row, again = self.guard.row, False
         self.writer.wait()
         if self.folder and self.spool:
-            checkpoints = self.store.child("checkpoints")
             again = nonfinite.note(
-                row, folder=self.folder, spool=self.spool, checkpoints=checkpoints, job=self.job, plan=self.stream.plan
+                row,
+                folder=self.folder,
+                spool=self.spool,
+                checkpoints=self.store.child("checkpoints"),
+                mine=identity_hash(identity(self.config, self.job.train.digest)),
+                images=self.job.train,
+                global_size=self.config.batch.global_size,
+                plan=self.stream.plan,
             )
             if again:
                 self.progress.let_go()

@@ -6,18 +6,27 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.config import identity, identity_hash
 from pipelines.data.plan import Plan
+from pipelines.data.shards import Manifest
 from pipelines.spool import Spool
 from pipelines.storage import Store
 from pipelines.training import checkpoint
-from pipelines.training.job import Job
 from pipelines.training.runfolder import RunFolder
 
 FILE = "nonfinite.jsonl"
 
 
-def note(row: Sequence[int], *, folder: RunFolder, spool: Spool, checkpoints: Store, job: Job, plan: Plan) -> bool:
+def note(
+    row: Sequence[int],
+    *,
+    folder: RunFolder,
+    spool: Spool,
+    checkpoints: Store,
+    mine: str,
+    images: Manifest,
+    global_size: int,
+    plan: Plan,
+) -> bool:
     """Writes down a row of bad steps, for the user and in the record; rank 0 calls it.
 
     ``nonfinite.jsonl`` gets a line a step: the step, its samples in their order, the shards that they lie in, the
@@ -28,23 +37,24 @@ def note(row: Sequence[int], *, folder: RunFolder, spool: Spool, checkpoints: St
         folder: The run's small files.
         spool: The run's record.
         checkpoints: The run's checkpoints, none of which is being written.
-        job: The run.
+        mine: The identity of what goes bad: a run's, or a training of a transfer.
+        images: Those that it learns from.
+        global_size: Of them, in a step.
         plan: Who is seen when.
 
     Returns:
         Whether the run went bad in this place before.
     """
     back_to = max(checkpoint.steps(checkpoints), default=0)
-    mine = identity_hash(identity(job.config, job.train.digest))
     again = seen_before(folder, mine, row, back_to)
-    now, size = time.time(), job.config.batch.global_size
+    now = time.time()
     for step in row:
-        samples, _ = plan.samples(step * size, (step + 1) * size)
-        shards = np.unique(np.searchsorted(job.train.starts, samples, side="right") - 1)
+        samples, _ = plan.samples(step * global_size, (step + 1) * global_size)
+        shards = np.unique(np.searchsorted(images.starts, samples, side="right") - 1)
         line: dict[str, Any] = {
             "step": step,
             "samples": samples.tolist(),
-            "shards": [job.train.shard_names[shard] for shard in shards],
+            "shards": [images.shard_names[shard] for shard in shards],
             "back_to": back_to,
             "identity": mine,
             "time": now,

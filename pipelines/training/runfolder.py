@@ -11,6 +11,7 @@ from pipelines.storage import Store
 _FILES = (
     "run.json", "config.json", "config.toml", "metrics.jsonl", "sent.json", "skipped.jsonl", "nonfinite.jsonl",
     "result.json", "sync.log", "table.txt", "best.toml", "confusion.npy", "per_class.csv", "confusion.png",
+    "segmentation.png",
 )  # fmt: skip
 
 

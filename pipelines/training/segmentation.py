@@ -2,16 +2,20 @@
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from mae_core.classifier import parameter_groups
 from mae_core.mask_images import IGNORE
 from mae_core.segmentation import Segmenter, confusion, segmentation_flops
+from mae_core.sheets import segmentation_sheet
 from pipelines.data.readers import MicroBatch
 from pipelines.errors import UserError
 from pipelines.training.scores import miou
 from pipelines.training.transfer_worker import Worker
+
+_SHOWN = 8  # test images in the sheet
 
 
 class Segmentation:
@@ -21,15 +25,14 @@ class Segmentation:
         worker: The rank that learns.
     """
 
-    pairs = False
-
     def __init__(self, worker: Worker):
         self._worker = worker
 
-    def model(self, seed: int) -> Segmenter:
+    def model(self, seed: int, *, random: bool = False) -> Segmenter:
         """What a seed begins with."""
         worker = self._worker
-        model = Segmenter(worker.encoder(seed), worker.num_classes, image_size=worker.image_size, seed=seed)
+        encoder = worker.encoder(seed, random=random)
+        model = Segmenter(encoder, worker.num_classes, image_size=worker.image_size, seed=seed)
         return model.to(worker.device)
 
     def optimizer(self, model: Segmenter) -> torch.optim.Optimizer:
@@ -61,6 +64,19 @@ class Segmentation:
     def score(self, confusion_CC: torch.Tensor) -> float:
         """Mean intersection over union in percent."""
         return miou(confusion_CC)
+
+    def sheet(self, model: nn.Module, batch: MicroBatch) -> Image.Image | None:
+        """Images, label maps and what the model makes of them; None where no image has a mask."""
+        mask_BHW = batch.mask_BHW
+        assert mask_BHW is not None, "the stream was not asked for masks"
+        shown = np.flatnonzero((batch.weight_B > 0) & (mask_BHW != IGNORE).any(axis=(1, 2)))[:_SHOWN]
+        if not len(shown):
+            return None
+        with self._worker.autocast():
+            predicted_BHW = model(self._worker.images(batch)).argmax(dim=1)
+        return segmentation_sheet(
+            batch.images_BHWC[shown], mask_BHW[shown], predicted_BHW.cpu().numpy()[shown], self._worker.job.classes
+        )
 
     def flops(self, model: Segmenter) -> int:
         """Of one training step an image."""

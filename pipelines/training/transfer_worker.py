@@ -1,5 +1,6 @@
 """What the workers of a transfer have in common: their place, the images, the record."""
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from pipelines.spool import Spool
 from pipelines.storage import Store
 from pipelines.tracking import start_follower
 from pipelines.training.build import build_model
+from pipelines.training.guard import Guard
+from pipelines.training.loop import MOST_IN_ONE_EXECUTION, workers_on_this_machine
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.step import autocast
 from pipelines.training.unreadable import check_readable, gathered
@@ -46,7 +49,8 @@ class TransferJob:
         state: The pretrained weights in the official layout, in the object store.
         train: Labelled images to learn from.
         test: Labelled images to score on.
-        num_classes: Of their labels, or of their masks.
+        val: Labelled images to choose on; None: a part of ``train``.
+        classes: Names of their labels, or of their masks' values.
         store: The transfer's folder.
         console: Actor that takes lines for the driver's terminal.
         lease: That of the driver, without which no checkpoint is written.
@@ -57,10 +61,30 @@ class TransferJob:
     state: Any
     train: Manifest
     test: Manifest
-    num_classes: int
+    val: Manifest | None
+    classes: tuple[str, ...]
     store: Store
     console: Any
     lease: Lease | None = None
+
+
+def split(transfer: Transfer, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ids, ascending, of the samples of ``data.train`` to learn from and of those that are held out to choose on.
+
+    Args:
+        transfer: What is asked for.
+        num: Samples in ``data.train``.
+    """
+    if transfer.data.val:
+        return np.arange(num), np.arange(0)
+    learn, val = split_indices(num, transfer.data.val_share, seed=SPLIT_SEED)
+    return np.sort(learn), np.sort(val)
+
+
+def share_of(transfer: Transfer, num: int) -> int:
+    """How many of the images to learn from one seed learns from."""
+    fraction = transfer.data.label_fraction[0]
+    return num if fraction == 1 else max(1, round(fraction * num))
 
 
 class Worker:
@@ -71,17 +95,28 @@ class Worker:
         self.job, self.transfer, self.config = job, job.transfer, job.config
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
+        scale = job.transfer.scale
+        if self.device.type == "cpu":
+            # As pretraining's: Ray sets one thread a worker.
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(scale.threads or max(1, cores // workers_on_this_machine(self.world_size)))
         self.crew = join_crew(
-            self.rank, self.world_size, num_cpus=job.transfer.data.cpus_per_task, broadcast=self.agree
+            self.rank,
+            self.world_size,
+            num_cpus=job.transfer.data.cpus_per_task,
+            limit=scale.reading_cpus,
+            broadcast=self.agree,
+            per_node=scale.executions == "node"
+            or (scale.executions == "auto" and self.world_size > MOST_IN_ONE_EXECUTION),
         )
-        self.num_classes = job.num_classes
+        self.guard = Guard(self.rank, job.console, self.device)
+        self.num_classes = len(job.classes)
         self.folder = RunFolder(job.store, check_of(job.lease)) if self.rank == 0 else None
         self.spool = Spool(self.folder.path) if self.folder else None
         if self.spool:
             self.spool.status("RUNNING")
         self.follower = start_follower(self.folder.path) if self.folder else None
-        learn, self.val_ids = split_indices(job.train.num_samples, self.transfer.data.val_share, seed=SPLIT_SEED)
-        self.learn_ids = np.sort(learn)
+        self.learn_ids, self.val_ids = split(self.transfer, job.train.num_samples)
         self._unreadable: set[tuple[str, str]] = set()
         self._met: list[dict[str, str]] = []
         self._broken: dict[str, dict[tuple[str, str], str]] = {}
@@ -138,12 +173,24 @@ class Worker:
         """The context of every forward pass."""
         return autocast(self.transfer.train.precision, self.device)
 
-    def encoder(self, seed: int) -> MaskedAutoencoder:
-        """The pretrained model; from scratch a new one."""
+    def stops_at(self, done: int, text: str) -> None:
+        """Says that the work ends after a step, as was asked for: in the record, to the driver, in the terminal."""
+        if self.spool:
+            self.spool.status("KILLED")
+            self.job.console.stops_at.remote(done)
+        self.say(text)
+
+    @property
+    def validation(self) -> tuple[Manifest, np.ndarray | None]:
+        """The images that are chosen on: their data, and their ids there; None: all."""
+        return (self.job.train, self.val_ids) if self.job.val is None else (self.job.val, None)
+
+    def encoder(self, seed: int, *, random: bool = False) -> MaskedAutoencoder:
+        """The pretrained model; from scratch, or where a random one is asked for, a new one."""
         values = self.config.model_dump()
         values["run"]["seed"] = seed
         model = build_model(Config.model_validate(values))
-        if self.transfer.protocol != "scratch":
+        if self.transfer.protocol != "scratch" and not random:
             load_state(model, ray.get(self.job.state))
         return model.to(self.device)
 
@@ -160,10 +207,9 @@ class Worker:
 
     def members(self, seed: int) -> np.ndarray:
         """The sample ids that one seed learns from, in order."""
-        fraction, ids = self.transfer.data.label_fraction[0], self.learn_ids
-        if fraction == 1:
+        ids, num = self.learn_ids, share_of(self.transfer, len(self.learn_ids))
+        if num == len(ids):
             return ids
-        num = max(1, round(fraction * len(ids)))
         return np.sort(ids[np.argsort(hash_u64(Purpose.SPLIT, seed, 1, ids), kind="stable")[:num]])
 
     def stream(self, manifest: Manifest, ids: np.ndarray | None, cut: Cut, end: int, training: int | None) -> Stream:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from mae_core.names import patch_size, vit_names
+from mae_core.architectures import patch_size, vit_names
 from mae_core.plain_vit import plain_vit
 from pipelines.config import Scale
 from pipelines.early import check_gpus

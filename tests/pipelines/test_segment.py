@@ -38,7 +38,7 @@ def task_of(num_classes: int = 3) -> Segmentation:
         device=torch.device("cpu"),
         num_classes=num_classes,
         image_size=(32, 32),
-        encoder=lambda _: encoder,
+        encoder=lambda *_, **__: encoder,
         autocast=contextlib.nullcontext,
         images=lambda batch: normalize(torch.from_numpy(batch.images_BHWC.copy()), (0.5,) * 3, (0.25,) * 3),
     )
@@ -95,18 +95,40 @@ def test_values_outside_the_classes_are_told(manifest):
 
 def test_masks_and_their_classes_must_be_known(manifest, tmp_path):
     asked = Transfer(protocol="segment")
-    assert check_masks(asked, manifest, manifest) == 3
+    assert check_masks(asked, {"train": manifest, "test": manifest}) == 3
     foreign = replace(manifest, mask_classes=0)
     with pytest.raises(UserError, match=r"data\.train: its manifest does not say .* give --data\.num-classes"):
-        check_masks(asked, foreign, manifest)
+        check_masks(asked, {"train": foreign, "test": manifest})
     told = Transfer(protocol="segment", data=TransferData(num_classes=5))
-    assert check_masks(told, foreign, manifest) == 5
+    assert check_masks(told, {"train": foreign, "test": manifest}) == 5
     with pytest.raises(UserError, match=r"data\.test: the masks have 4 classes, and 3 are learned"):
-        check_masks(asked, manifest, replace(manifest, mask_classes=4))
+        check_masks(asked, {"train": manifest, "test": replace(manifest, mask_classes=4)})
     write_scenes(tmp_path, 4)
     _, without = pack(tmp_path, tmp_path / "shards", masks=False)
     with pytest.raises(UserError, match=r"data\.test: the shards in .* have no masks"):
-        check_masks(asked, manifest, without)
+        check_masks(asked, {"train": manifest, "test": without})
+
+
+def test_masks_of_one_class_are_refused(manifest):
+    # What 0 and 255 make: 255 does not count.
+    one = replace(manifest, mask_classes=1)
+    with pytest.raises(UserError, match=r"data\.train: the masks make one class, 0, .* write 1 where the thing is"):
+        check_masks(Transfer(protocol="segment"), {"train": one, "test": one})
+    with pytest.raises(UserError, match=r"data\.test: the masks make one class"):
+        check_masks(Transfer(protocol="segment"), {"train": manifest, "test": one})
+    for asked in ({"num_classes": 1}, {"class_names": ("thing",)}):
+        unread = replace(manifest, mask_classes=0)
+        transfer = Transfer.model_validate({"protocol": "segment", "data": asked})
+        with pytest.raises(UserError, match="the masks make one class"):
+            check_masks(transfer, {"train": unread, "test": unread})
+
+
+def test_class_names_are_one_for_each_class(manifest):
+    names = Transfer(protocol="segment", data=TransferData(class_names=("sky", "wall", "roof")))
+    assert check_masks(names, {"train": manifest, "test": manifest}) == 3
+    two = Transfer(protocol="segment", data=TransferData(num_classes=3, class_names=("sky", "wall")))
+    with pytest.raises(UserError, match=r"data\.class_names: 2 names for 3 classes"):
+        check_masks(two, {"train": manifest, "test": manifest})
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,26 @@
 """Transfer of a real pretrained run: the protocols, their record, stops in the middle, wrong input."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from PIL import Image
 
 from mae_core.classifier import Classifier
 from mae_core.model import MaskedAutoencoder
 from pipelines import pretrain
 from pipelines.config import Config
 from pipelines.data.shards import load_manifest
-from pipelines.errors import UserError
+from pipelines.errors import DIVERGED, UserError
+from pipelines.training import checkpoint
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.scores import interval, summarise
 from pipelines.training.transfer_cached import Look
@@ -91,17 +95,43 @@ def result_of(root, start):
     return json.loads((folder / "result.json").read_text()), folder
 
 
-def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_local, capfd):
-    command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "--visible", "0.1", "1")
-    assert main(command) == 0
+def watched(job):
+    """A worker that writes down what it computes and reads with."""
+    from pipelines.training import transfer
+
+    class Watched(transfer.Worker):
+        def __init__(self, job):
+            super().__init__(job)
+            job.store.write("watched.json", json.dumps([torch.get_num_threads(), self.crew.limit]))
+
+    transfer.Worker, before = Watched, transfer.Worker
+    try:
+        transfer.transfer_worker(job)
+    finally:
+        transfer.Worker = before
+
+
+def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_local, capfd, monkeypatch):
+    monkeypatch.setattr("pipelines.transfer.transfer_worker", watched)
+    # Images of its own to choose on: all of data.train are learned from.
+    val = ["--data.val", shards["test"]]
+    command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "--visible", "0.1", "1", *val)
+    assert main([*command, "--scale.threads", "3", "--scale.reading-cpus", "0.7"]) == 0
+    for found in (pretrained / "base" / "transfer").glob("*/watched.json"):
+        assert json.loads(found.read_text()) == [3, 0.7]
     picture = pretrained / "base" / "pictures" / "transfer-shapes-linear-fast-visible.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert str(picture) in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert str(picture) in out
+    assert "linear_fast: 300 images to learn from, 60 to choose on, 60 to test on, 3 classes" in out
     few, _ = result_of(pretrained, "shapes-linear_fast_visible_0.1-")
     assert len(few["seeds"]) == 2
+    # A random encoder stands beside each, scored once.
+    assert f"random     {few['scores']['test/random_top1']:.2f} % from a random encoder" in out
+    assert 0 <= few["scores"]["test/random_top1"] <= 100
     two, folder = result_of(pretrained, "shapes-linear_fast-")
     # another seed: the two that have been scored are not scored again
-    command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "2")
+    command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "2", *val)
     before = [(folder / f"seed-{seed}" / "scored.json").stat().st_mtime_ns for seed in (0, 1)]
     assert main(command) == 0
     assert [(folder / f"seed-{seed}" / "scored.json").stat().st_mtime_ns for seed in (0, 1)] == before
@@ -113,6 +143,8 @@ def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_lo
     assert result["scores"]["test/top1_interval"] == pytest.approx(interval(test))
     confusion_CC = np.array(result["confusion"])
     assert confusion_CC.sum() == 3 * load_manifest(shards["test"]).num_samples
+    chosen_on = json.loads((folder / "seed-2" / "scored.json").read_text())["val"]
+    assert np.array(chosen_on).sum() == 60
     assert 100 * confusion_CC.trace() / confusion_CC.sum() == pytest.approx(np.mean(test))
     assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
     key = "transfer/shapes/linear_fast_top1"
@@ -132,6 +164,9 @@ def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_lo
     assert [point.step for point in history] == [0, 1]
     assert history[-1].value == pytest.approx(result["scores"]["test/top1_interval"])
     assert child.data.tags["mae.seeds"] == "0 1 2"
+    assert child.data.tags["mae.at_chance"] == "false"
+    assert parent.data.tags[f"mae.{key}_at_chance"] == "false"
+    assert child.data.metrics["test/random_top1"] == pytest.approx(two["scores"]["test/random_top1"])
     artifacts = {file.path for file in client.list_artifacts(child_id)}
     assert artifacts == {"result.json", "confusion.png", "confusion.npy", "per_class.csv"}
     # again: nothing is done, and nothing is noted twice
@@ -202,13 +237,14 @@ def check_tried(result):
 
 def test_segmentation_learns_masks(pretrained, shards, ray_local, tmp_path):
     data = {}
-    for split, num, seed in (("train", 130, 0), ("test", 40, 1)):
+    for split, num, seed in (("train", 120, 0), ("test", 40, 1), ("val", 20, 2)):
         write_scenes(tmp_path / split, num, seed=seed)
         _, manifest = pack(tmp_path / split, tmp_path / split / "shards")
         data[split] = manifest.location
     # Crops so small that a mask which is not cut as its image teaches something else: the score is then below 75.
     more = ["--data.image-size", "64", "64", "--data.crop-scale", "0.1", "0.4", "--data.name", "scenes"]
     more += ["--seeds", "0", "1", "--train.epochs", "8", "--train.base-lr", "0.16"]
+    more += ["--data.val", data.pop("val"), "--data.class-names", "ground", "light | $box$", "dark"]
     assert main(arguments(pretrained, data, "segment", *more)) == 0
     result, folder = result_of(pretrained, "scenes-segment_64x64_8_epochs-")
     test = [one["test"] for one in result["seeds"]]
@@ -219,6 +255,19 @@ def test_segmentation_learns_masks(pretrained, shards, ray_local, tmp_path):
     assert result["per_class"] == pytest.approx(100 * iou_C)
     assert confusion_CC.sum() == 2 * 40 * 64 * 64
     assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert np.array(json.loads((folder / "seed-0" / "scored.json").read_text())["val"]).sum() == 20 * 64 * 64
+    # Eight rows of an image, its label map and the prediction.
+    with Image.open(folder / "segmentation.png") as sheet:
+        assert sheet.height > 8 * 64
+        assert len(np.unique(np.array(sheet).reshape(-1, 3), axis=0)) > 100
+    with (folder / "per_class.csv").open() as file:
+        assert [line.split(",")[0] for line in file][1:] == ["ground", "light | $box$", "dark"]
+    # The frozen random encoder's head is trained too, with the first seed.
+    assert result["scores"]["test/random_miou"] < min(test)
+    assert not list(folder.glob("**/checkpoints/*"))
+    client = MlflowClient(tracking_uri=f"sqlite:///{pretrained}/mlflow.db")
+    run_id = json.loads((folder / "run.json").read_text())["mlflow_run_id"]
+    assert "segmentation.png" in {file.path for file in client.list_artifacts(run_id)}
     assert ("transfer/scenes/segment_64x64_8_epochs_miou", result["scores"]["test/miou"]) in scores(pretrained)
 
 
@@ -257,6 +306,55 @@ def test_a_killed_fine_tuning_ends_as_one_that_was_not(pretrained, shards, tmp_p
     assert lines[0] == lines[1]
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_fine_tuning_keeps_its_steps(pretrained, shards, number):
+    train = [*TRAINED, "--train.epochs", str(3000 + number), "--log-every", "5"]
+    command = [sys.executable, "-m", "pipelines.transfer", *arguments(pretrained, shards, "finetune", *train)]
+    pattern = f"base/transfer/shapes-finetune_{3000 + number}_epochs-*"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        steps = lambda: [path.read_text() for path in pretrained.glob(f"{pattern}/metrics.jsonl")]  # noqa: E731
+        deadline = time.monotonic() + 200
+        while not any("train/loss" in text for text in steps()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        told, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, told
+    assert "Traceback" not in told
+    (line,) = [line for line in told.splitlines() if "the same command continues it" in line]
+    (folder,) = pretrained.glob(pattern)
+    (saved,) = checkpoint.steps(pretrain.Store(str(folder)).child("seed-0").child("checkpoints"))
+    assert f"finetune_{3000 + number}_epochs stopped after step {saved}; the same command continues it" in line
+    client = MlflowClient(tracking_uri=f"sqlite:///{pretrained}/mlflow.db")
+    run_id = json.loads((folder / "run.json").read_text())["mlflow_run_id"]
+    assert client.get_run(run_id).info.status == "KILLED"
+    assert not (folder / "result.json").exists()
+
+
+@pytest.mark.chaos
+def test_a_fine_tuning_that_diverges_is_no_score(pretrained, shards, ray_local, capfd):
+    before = scores(pretrained)
+    flags = [*TRAINED, "--train.epochs", "7", "--train.base-lr", "1e30"]
+    assert main(arguments(pretrained, shards, "finetune", *flags)) == DIVERGED
+    told = capfd.readouterr()
+    assert told.out.count("going back to the last checkpoint") == 1
+    (line,) = [line for line in told.err.splitlines() if line.startswith("error:")]
+    assert "as it was before" in line
+    assert "lower train.base_lr" in line
+    assert scores(pretrained) == before
+    (folder,) = (pretrained / "base" / "transfer").glob("shapes-finetune_7_epochs-*")
+    assert not (folder / "result.json").exists()
+    assert (folder / "nonfinite.jsonl").exists()
+    client = MlflowClient(tracking_uri=f"sqlite:///{pretrained}/mlflow.db")
+    run = client.get_run(json.loads((folder / "run.json").read_text())["mlflow_run_id"])
+    assert run.info.status == "FAILED"
+    assert "mae.nonfinite_steps" in run.data.tags
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -273,7 +371,7 @@ def test_a_killed_fine_tuning_ends_as_one_that_was_not(pretrained, shards, tmp_p
         (["--data.mean", "0.5"], "one value for each of the 3"),
         (["--data.image-size", "18", "18"], "not divisible by the patch size 4"),
         (["--data.auto-augment", "best"], "is no RandAugment policy"),
-        (["--train.micro-size", "3", "--train.mixup", "1"], "must be even"),
+        (["--train.micro-size", "1", "--train.mixup", "1"], "must be 2 or more"),
         (["--seeds", "1", "1"], "seeds must be different"),
         (["--visible", "0.5"], "visible is for the protocols"),
         (["--data.label-fraction", "0"], "shares above 0"),
@@ -294,22 +392,22 @@ def test_wrong_input_is_one_line(pretrained, shards, flags, told):
 def test_classes_must_be_known_and_numbered_alike(shards):
     train = load_manifest(shards["train"])
     with pytest.raises(UserError, match="have no labels"):
-        check_labels(train, train.__class__(**{**vars(train), "classes": ()}))
+        check_labels({"train": train, "test": replace(train, classes=())})
     with pytest.raises(UserError, match=r"data\.test has the class 'zebra'"):
-        check_labels(train, train.__class__(**{**vars(train), "classes": (*train.classes, "zebra")}))
+        check_labels({"train": train, "test": replace(train, classes=(*train.classes, "zebra"))})
     with pytest.raises(UserError, match="do not number the same classes: label"):
-        check_labels(train, train.__class__(**{**vars(train), "classes": train.classes[::-1]}))
+        check_labels({"train": train, "test": replace(train, classes=train.classes[::-1])})
 
 
 def test_the_interval_is_students():
     # t(0.975, 2) = 4.3027
     assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 * 1.0 / 3**0.5)
     assert interval([1.0]) is None
-    one = {"seed": 0, "val": [[1, 0], [0, 1]], "test": [[3, 1], [0, 0]], "seconds": 1.0, "chosen": {}}
+    one = {"seed": 0, "val": [[1, 0], [0, 1]], "test": [[3, 1], [1, 3]], "seconds": 1.0, "chosen": {}}
     one["unreadable"] = [["train-000000.tar", "a"]]
     result = summarise(Transfer(), [one])
     assert result["unreadable"] == 1
     assert result["scores"]["test/top1"] == 75
-    assert result["per_class"] == [75, 0]
-    assert torch.tensor(result["confusion"]).sum() == 4
+    assert result["per_class"] == [75, 75]
+    assert torch.tensor(result["confusion"]).sum() == 8
     assert Config()

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
 
+from mae_core.names import printable
 from pipelines import transfer_record
 from pipelines.config import identity_hash
 from pipelines.spool import Spool
@@ -29,6 +31,7 @@ def unit(*seeds):
     return Transfer(
         protocol="linear",
         seeds=seeds,
+        random_baseline=False,
         data=TransferData(name="cells"),
         train={"epochs": 90.0},  # type: ignore[arg-type]
     )
@@ -36,7 +39,7 @@ def unit(*seeds):
 
 def score(store, seed, right):
     """A seed with so many of 10 right."""
-    confusion = [[right, 10 - right], [0, 0]]
+    confusion = [[10 * right, 100 - 10 * right], [100 - 10 * right, 10 * right]]
     write_scored(store, {"seed": seed, "val": confusion, "test": confusion, "seconds": 1.0, "chosen": {},
                          "unreadable": [["train-000000.tar", "x"]]})  # fmt: skip
 
@@ -87,15 +90,20 @@ def test_files_tell_of_any_number_of_classes(tmp_path, num):
     confusion_CC = np.arange(num**2).reshape(num, num)
     values = [50.0] * (num - 1) + [None]
     result = {"protocol": "segment", "confusion": confusion_CC.tolist(), "per_class": values}
-    names = write_confusion(tmp_path, result, [f"class, {i}" for i in range(num)])
+    classes = [f"class, {i}" for i in range(num)]
+    # Such as folders may have: bytes that are not UTF-8, line breaks, what others take for a formula.
+    classes[:2] = [os.fsdecode(b"caf\xe9, 0"), 'a\n"$x$" | 100 % 🐈'][:num]
+    names = write_confusion(tmp_path, result, classes)
     assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
     assert ("confusion.png" in names) == (num == 3)
     assert np.array_equal(np.load(tmp_path / "confusion.npy"), confusion_CC)
-    with (tmp_path / "per_class.csv").open(newline="") as file:
+    with (tmp_path / "per_class.csv").open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     assert header == ["class", "pixels", "iou"]
     assert len(rows) == num
-    assert rows[-1] == [f"class, {num - 1}", str(confusion_CC[-1].sum()), ""]
+    assert [row[0] for row in rows] == [printable(name) for name in classes]
+    assert rows[0][0] == "caf\\xe9, 0"
+    assert rows[-1][1:] == [str(confusion_CC[-1].sum()), ""]
 
 
 def test_a_score_made_before_the_run_has_finished_is_noted_afterwards(tmp_path, capsys):

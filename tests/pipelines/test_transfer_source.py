@@ -1,5 +1,7 @@
 """The encoder of a file: its heads, its size and its normalisation."""
 
+import hashlib
+
 import pytest
 import safetensors.torch
 import torch
@@ -36,8 +38,9 @@ def test_our_own_file_says_everything(model, tmp_path, capsys):
     path = tmp_path / "model.safetensors"
     weights.save(model, path)
     asked = Transfer(weights=str(path))
-    parent, config, state, step = source(asked)
+    parent, config, state, step, digest = source(asked)
     assert (parent, step) == (None, 0)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (config.data.mean, config.data.std, config.data.image_size) == (MEAN, STD, (8, 16))
     assert (config.model.heads, config.model.width, config.model.depth) == (4, 48, 2)
     assert "as the file says" in capsys.readouterr().out
@@ -57,7 +60,7 @@ def test_other_files_are_asked_about(tmp_path, capsys):
     with pytest.raises(UserError, match="0 heads do not divide the encoder's width 48"):
         source(Transfer(weights=str(path)))
     given = Transfer(weights=str(path), num_heads=4, data=TransferData(std=STD))
-    _, config, loaded, _ = source(given)
+    _, config, loaded, *_ = source(given)
     assert "4 heads; images are normalised by mean (0.485, 0.456, 0.406) and std (0.4, 0.5, 0.6): as given" in (
         capsys.readouterr().out
     )
@@ -78,5 +81,5 @@ def test_heads_of_official_encoders_are_known_by_their_width(width, heads, tmp_p
     })  # fmt: skip
     path = tmp_path / "encoder.safetensors"
     safetensors.torch.save_file(weights.encoder_state(build_model(config)), path)
-    _, found, _, _ = source(Transfer(weights=str(path)))
+    _, found, *_ = source(Transfer(weights=str(path)))
     assert found.model.heads == heads
