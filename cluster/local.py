@@ -26,13 +26,14 @@ import tyro
 from pydantic import Field
 
 from pipelines.cli import parse
+from pipelines.commands import command_line
 from pipelines.config import Section
 from pipelines.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from cluster.state import State
 
-PROG = "python -m cluster.local"
+PROG = command_line("cluster.local")
 
 
 class OnCluster(Section):

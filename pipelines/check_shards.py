@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mae_core.names import printable
 from pipelines.cli import parse
+from pipelines.commands import command_line
 from pipelines.data.index import (
     KeyRule,
     LeftOut,
@@ -44,7 +45,7 @@ from pipelines.data.sources import named_split, split_of
 from pipelines.errors import UserError, run_command
 from pipelines.storage import Store, absolute
 
-PROG = "python -m pipelines.check_shards"
+PROG = command_line("pipelines.check_shards")
 _CHUNK = 8 << 20
 _IN_MEMORY = 256 << 20
 _MOST_CLASSES = 1_000_000

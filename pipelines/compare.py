@@ -15,6 +15,7 @@ import pydantic
 import tyro
 
 from pipelines.cli import parse
+from pipelines.commands import command_line
 from pipelines.comparison import (
     CURVES,
     NO_POINTS,
@@ -33,7 +34,7 @@ from pipelines.config import also
 from pipelines.errors import UserError, run_command
 from pipelines.storage import Store, absolute
 
-PROG = "python -m pipelines.compare"
+PROG = command_line("pipelines.compare")
 # Any two of the six are 31 or more apart in CIELAB to normal, protan, deutan and tritan eyes, and stand out from the
 # page; the strokes tell them apart without colour, too.
 LIGHT = ("#2519a9", "#b09109", "#368c70", "#852d81", "#585400", "#000000")

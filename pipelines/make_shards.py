@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mae_core.names import printable
 from pipelines.cli import parse
+from pipelines.commands import command_line
 from pipelines.data.index import index_name, read_index
 from pipelines.data.next_step import next_step
 from pipelines.data.packing import Packing, PackingOptions, ShardPlan, group_shards, plan_packing, plan_splits
@@ -34,7 +35,7 @@ from pipelines.data.writing import write_shards
 from pipelines.errors import UserError, run_command
 from pipelines.storage import Store, absolute
 
-PROG = "python -m pipelines.make_shards"
+PROG = command_line("pipelines.make_shards")
 _SKIPPED = "skipped.jsonl"
 _REPORT_EVERY_S = 3.0
 _STOP_WITHIN_S = 10.0

@@ -24,6 +24,7 @@ from pipelines.amounts import flops
 from pipelines.cli import parse_with_file, to_toml
 from pipelines.commands import command_line
 from pipelines.config import Config
+from pipelines.data.index import WRITE_HINT
 from pipelines.data.shards import Manifest, load_index, load_manifest, need_labels, need_same_classes
 from pipelines.early import check_gpus
 from pipelines.errors import FAILED, USAGE_ERROR, UserError, run_command
@@ -137,7 +138,7 @@ def check_masks(transfer: Transfer, data: Mapping[str, Manifest]) -> int:
         if not any(load_index(manifest, shard).mask_size_S.any() for shard in range(len(manifest.shard_names))):
             raise UserError(
                 f"data.{name}: the shards in {manifest.location} have no masks: pack with make_shards --masks, or "
-                "where the tars hold .mask.png members, run python -m pipelines.check_shards DIR --write"
+                f"where the tars hold .mask.png members, {WRITE_HINT}"
             )
     _check_split(data)
     num_classes = transfer.data.num_classes or len(transfer.data.class_names) or data["train"].mask_classes

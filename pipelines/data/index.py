@@ -33,6 +33,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import pyarrow as pa
 
+from pipelines.commands import command_line
 from pipelines.data.sources import (
     IMAGE_EXTENSIONS,
     extension_of,
@@ -55,7 +56,7 @@ KeyRule = Literal["longest", "first-dot"]
 # Why members are left out: how many, and the first names.
 LeftOut = dict[str, tuple[int, tuple[str, ...]]]
 _NAMES = 3
-WRITE_HINT = "run python -m pipelines.check_shards DIR --write to make it"
+WRITE_HINT = f"run {command_line('pipelines.check_shards', 'DIR', '--write')} to make it"
 
 
 class _Strings(Sequence[str]):

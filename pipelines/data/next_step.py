@@ -2,15 +2,15 @@
 
 import io
 import re
-import shlex
 import statistics
 import warnings
-from pathlib import Path
 
 from PIL import Image
 
+from pipelines.commands import command_line
 from pipelines.data.index import read_index
 from pipelines.data.shards import Manifest
+from pipelines.early import num_gpus
 from pipelines.reading import DEFAULT_POLICY, read_range
 from pipelines.storage import Store
 
@@ -19,7 +19,6 @@ _RECIPE_STEPS, _RECIPE_SIZE, _RECIPE_SIDE, _RECIPE_PATCH = 1000, 64, 64, 8
 _PAPER_SIDE, _PAPER_PATCH, _PAPER_SIZE = 224, 16, 4096
 _LOOKED_AT = 32
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-_GPUS = ("/dev/nvidia0", "/dev/kfd")  # device files: a library that knows would take seconds to import
 
 
 def next_step(manifest: Manifest, test: str = "", *, gpu: bool | None = None) -> str:
@@ -30,24 +29,23 @@ def next_step(manifest: Manifest, test: str = "", *, gpu: bool | None = None) ->
         test: Shards of their test images, or empty.
         gpu: Whether this machine has a GPU; None: looked for.
     """
-    gpu = any(Path(file).exists() for file in _GPUS) if gpu is None else gpu
+    gpu = num_gpus() != 0 if gpu is None else gpu
     num, side = manifest.num_samples, _side(manifest)
-    here = shlex.quote(manifest.location)
-    flags = [f"--data.train {here}", f"--run.name {_name(manifest)}"]
+    flags = ["--data.train", manifest.location, "--run", _name(manifest)]
     if gpu:
-        flags += ["--scale.gpu", "--batch.micro-size 0"]
+        flags += ["--scale.gpu", "--batch.micro-size", "0"]
         # A batch of the paper's is more than all of a small data set.
         size = next((size for size in (4096, 1024, 256) if 16 * size <= num), 64)
-        flags += [f"--batch.global-size {size}"] if size != _PAPER_SIZE else []
+        flags += ["--batch.global-size", str(size)] if size != _PAPER_SIZE else []
         flags += _sides(side, _PAPER_SIDE, _PAPER_PATCH)
     else:
-        flags.insert(0, f"--config {RECIPE}")
+        flags = ["--config", RECIPE, *flags]
         # A twentieth of the run, as in the paper.
-        flags.append(f"--optim.warmup-epochs {_RECIPE_STEPS * _RECIPE_SIZE / num / 20:.2g}")
+        flags += ["--optim.warmup-epochs", f"{_RECIPE_STEPS * _RECIPE_SIZE / num / 20:.2g}"]
         flags += _sides(side, _RECIPE_SIDE, _RECIPE_PATCH)
     if manifest.labelled:
-        flags.append(f"--probe.train {here}" + (f" --probe.test {shlex.quote(test)}" if test else ""))
-    return f"python -m pipelines.pretrain {' '.join(flags)}"
+        flags += ["--probe.train", manifest.location, *(["--probe.test", test] if test else [])]
+    return command_line("pipelines.pretrain", *flags)
 
 
 def _name(manifest: Manifest) -> str:
@@ -65,7 +63,7 @@ def _sides(side: int, usual: int, patch: int) -> list[str]:
     patches = usual // patch
     patch = max(1, side // patches)
     # An image size is patches of a whole number of pixels; the smallest images are enlarged.
-    return [f"--data.image-size {patch * patches} {patch * patches}", f"--model.patch-size {patch}"]
+    return ["--data.image-size", str(patch * patches), "--model.patch-size", str(patch)]
 
 
 def _side(manifest: Manifest) -> int:

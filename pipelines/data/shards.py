@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
+from pipelines.commands import command_line
 from pipelines.data.index import WRITE_HINT, ShardIndex, index_name, index_tar, read_index
 from pipelines.data.sources import named_split
 from pipelines.errors import UserError
@@ -141,7 +142,7 @@ def load_manifest(location: str) -> Manifest:
     if len(named) > 1:
         raise UserError(
             f"'{location}' would mix the splits {' and '.join(named)}, as its shards are named: run "
-            f"python -m pipelines.check_shards {store.shown()} --write --split {named[0]}, and so on"
+            f"{command_line('pipelines.check_shards', store.shown(), '--write', '--split', named[0])}, and so on"
         )
     if manifest.index_location:
         shards = Store(manifest.location)

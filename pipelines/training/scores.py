@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from mae_core.segmentation import class_iou, mean_iou
+from pipelines.data.index import WRITE_HINT
 from pipelines.data.shards import Manifest, load_index
 from pipelines.errors import UserError
 from pipelines.storage import Store
@@ -67,7 +68,8 @@ def check_classes(name: str, manifest: Manifest) -> None:
     if not found:
         raise UserError(
             f"{name}: none of the {manifest.num_samples:,} samples in {manifest.location} has a label: pack them from "
-            "class folders, or give the tars .cls members and run python -m pipelines.check_shards DIR --write"
+            "class folders, or give the tars .cls members and "
+            f"{WRITE_HINT}"
         )
     (label,) = found
     which = repr(manifest.classes[label]) if label < len(manifest.classes) else f"number {label}"

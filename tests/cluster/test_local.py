@@ -59,7 +59,7 @@ def test_up_status_kill_down(tmp_path, capfd, monkeypatch):
         state = read(tmp_path)
         told = capfd.readouterr().out
         assert "1 nodes beside the head" in told
-        assert f'eval "$(python -m cluster.local env --folder {tmp_path})"' in told
+        assert f'-m cluster.local env --folder {tmp_path})"' in told
         token = state.token.read_text()
         assert token not in told
         assert (state.token.stat().st_mode & 0o077, tmp_path.stat().st_mode & 0o077) == (0, 0)

@@ -119,10 +119,11 @@ def test_what_takes_days_on_cpus_comes_with_flags_that_do_not():
 
 
 @pytest.mark.parametrize(("gpu", "most"), [(False, 100e12), (True, 1e20)])
-def test_what_comes_after_packing_is_a_run_that_this_machine_ends(shards, gpu, most):
+def test_what_comes_after_packing_is_a_run_that_this_machine_ends(shards, gpu, most, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere")  # whose GPUs nobody counts here
     manifest = load_manifest(shards["train"])
     command = shlex.split(next_step(manifest, shards["test"], gpu=gpu))
-    assert command[:3] == ["python", "-m", "pipelines.pretrain"]
+    assert command[1:3] == ["-m", "pipelines.pretrain"]
     config = read_config(command[3:])
     train, labelled, test = check(config)
     assert labelled is not None
@@ -145,9 +146,9 @@ def test_what_comes_after_packing_is_a_run_that_this_machine_ends(shards, gpu, m
         (500, False, []),
         (500, True, []),
         (64, False, []),
-        (32, False, ["--data.image-size 32 32", "--model.patch-size 4"]),
-        (28, True, ["--data.image-size 28 28", "--model.patch-size 2"]),
-        (128, True, ["--data.image-size 126 126", "--model.patch-size 9"]),
+        (32, False, ["--data.image-size 32", "--model.patch-size 4"]),
+        (28, True, ["--data.image-size 28", "--model.patch-size 2"]),
+        (128, True, ["--data.image-size 126", "--model.patch-size 9"]),
     ],
 )
 def test_the_images_decide_the_size(shards, monkeypatch, side, gpu, flags):
