@@ -27,6 +27,7 @@ from pipelines.data.sources import (
     counted,
     extension_of,
     find_source,
+    image_extension,
     list_images,
     list_masks,
     read_images,
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         waiting = _prepare(store, packing, overwrite=args.overwrite)
         if waiting is None:
             num = sum(len(shard.keys) for shard in packing.shards)
-            print(f"{store.location} already holds these {num:,} images: nothing to do")
+            print(f"{printable(store.location)} already holds these {num:,} images: nothing to do")
         else:
             jobs.append(_Job(packing, waiting, store))
     if not jobs:
@@ -152,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in _try(listing, masks, args.mask_255):
         print(line, flush=True)
     for job in jobs:
-        num = sum(len(shard.keys) for shard in job.packing.shards)
-        print(f"packing {num:,} images into {len(job.packing.shards)} shards in {job.store.location}", flush=True)
+        num, where = sum(len(shard.keys) for shard in job.packing.shards), printable(job.store.location)
+        print(f"packing {num:,} images into {len(job.packing.shards)} shards in {where}", flush=True)
         if kept := len(job.packing.shards) - len(job.waiting):
             print(f"{kept} of them are whole from an earlier run and kept", flush=True)
     _pack(jobs, args.workers)
@@ -195,7 +196,9 @@ def _try(listing: Listing, masks: Masks | None, mask_255: int) -> Iterator[str]:
     # As they come in the archive: of one that is streamed nothing is read beyond them.
     order = np.argsort(listing.wheres_S, kind="stable") if listing.source.streamed else range(len(listing.paths))
     for n in order:
-        kinds.setdefault(extension_of(listing.paths[n]), []).append(int(n))
+        path = listing.paths[n]
+        kind = extension_of(path) if image_extension(path) else "otherwise named"
+        kinds.setdefault(kind, []).append(int(n))
     chosen = {}
     for kind, numbers in kinds.items():
         spread = (

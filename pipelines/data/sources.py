@@ -65,6 +65,7 @@ _BEGINNINGS = (
     (rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n", "jp2"),
 )
 _BEGINNING_BYTES = 64
+_MOST_KINDS = 12  # of left-out files, in one line
 # What folders and shards of a split are called.
 _SPLITS = {
     "train": "train",
@@ -235,8 +236,12 @@ def list_images(source: Source, split: str, progress: Callable[[int], None] = la
 
 
 def counted(left_out: Mapping[str, int]) -> str:
-    """``3 .txt, 1 hidden``."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
+    """``3 .txt, 1 hidden``, the most frequent first; of very many kinds not each is named."""
+    kinds = sorted(((count, reason) for reason, count in left_out.items() if count), reverse=True)
+    shown = [f"{count:,} {reason}" for count, reason in kinds[:_MOST_KINDS]]
+    if rest := kinds[_MOST_KINDS:]:
+        shown.append(f"{sum(count for count, _ in rest):,} of {len(rest):,} other kinds")
+    return ", ".join(shown)
 
 
 def list_masks(listing: Listing, folder: str) -> Masks:
