@@ -177,12 +177,16 @@ def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_lo
 
 
 def test_images_that_cannot_be_read_end_a_transfer(pretrained, shards, ray_local, tmp_path):
-    data = {"train": shards["train"], "test": spoil(shards["test"], tmp_path / "test", keep=50)}
-    with pytest.raises(UserError, match=r"10 of the 60 images read so far of .* data\.max_unreadable allows 1 %"):
-        main(arguments(pretrained, data, "knn", "--data.name", "broken"))
     data = {"train": spoil(shards["train"], tmp_path / "train"), "test": shards["test"]}
     with pytest.raises(UserError, match=r"none of the 57 images read so far of .*/train can be read"):
         main(arguments(pretrained, data, "linear", *TRAINED, "--data.name", "broken"))
+
+
+@pytest.mark.chaos
+def test_images_that_cannot_be_read_end_a_score_on_features(pretrained, shards, ray_local, tmp_path):
+    data = {"train": shards["train"], "test": spoil(shards["test"], tmp_path / "test", keep=50)}
+    with pytest.raises(UserError, match=r"10 of the 60 images read so far of .* data\.max_unreadable allows 1 %"):
+        main(arguments(pretrained, data, "knn", "--data.name", "broken"))
 
 
 def test_which_patches_are_seen_is_a_function_of_seed_and_sample():
