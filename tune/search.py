@@ -134,11 +134,11 @@ def open_search(store: Store, search: Search, wanted: dict[str, Any]) -> None:
         if search.resume:
             raise UserError(f"no search '{name}' to resume in {search.run.storage}")
         if store.exists("config.json"):
-            raise UserError(f"'{name}' is a pretraining run in {search.run.storage}: choose another --run.name")
+            raise UserError(f"'{name}' is a pretraining run in {search.run.storage}: choose another --run")
         store.write("search.json", json.dumps(wanted, indent=2))
         return
     if not search.resume:
-        raise UserError(f"search '{name}' exists: go on with it with --resume, or choose another --run.name")
+        raise UserError(f"search '{name}' exists: go on with it with --resume, or choose another --run")
     parent.refuse_change(store, "search.json", f"search '{name}'", wanted)
 
 
