@@ -81,9 +81,6 @@ def parse(schema: type[T], *, prog: str, argv: Sequence[str] | None = None, defa
             return tyro.cli(schema, prog=prog, args=arguments, default=default)
     except pydantic.ValidationError as error:
         raise UserError(f"{reason(error)} (see {prog} --help)") from None
-    except BrokenPipeError:
-        # Who asked for help has read enough of it.
-        raise SystemExit(0) from None
     except SystemExit as stop:
         if not stop.code:
             raise

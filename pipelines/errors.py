@@ -33,7 +33,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         # Whoever read the output has enough of it, as `| head` does: ended without a word, as other programs are.
         _print_nowhere()
-        code = 128 + signal.SIGPIPE
+        code = 0 if {"--help", "-h"} & set(sys.argv) else 128 + signal.SIGPIPE
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         code = USAGE_ERROR

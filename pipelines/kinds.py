@@ -20,10 +20,10 @@ SHOWN: dict[Kind, str] = {
     "weights": "the folder of the transfers of a file of weights",
 }
 _WAY_ON: dict[Kind, str] = {
-    "run": "choose another --run.name",
-    "search": "choose another --run.name",
-    "ablation": "choose another --run.name",
-    "trial": "move it away, or choose another --run.name",
+    "run": "choose another --run",
+    "search": "choose another --run",
+    "ablation": "choose another --run",
+    "trial": "move it away, or choose another --run",
     "transfer": "move it away",
     "weights": "rename the file of weights, or choose another --storage",
 }

@@ -129,7 +129,7 @@ def open_run(config: Config, data_digest: str) -> dict[str, Any] | None:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
                 f"run '{config.run.name}' exists with another configuration: {key} was {theirs.get(key)!r}, is now "
-                f"{mine.get(key)!r}{more}; choose another --run.name, or --run.allow-change to continue it so"
+                f"{mine.get(key)!r}{more}; choose another --run, or --run.allow-change to continue it so"
             )
         if not changed and store.exists("result.json"):
             result = json.loads(store.read("result.json"))

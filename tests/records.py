@@ -187,7 +187,7 @@ def proxied(upstream: int) -> Iterator[Proxy]:
 
 def description(name: str, **params: object) -> RunDescription:
     data = DatasetInput(name="photos", digest="ab" * 32, source="s3://bucket/photos", num_samples=7)
-    tags = {"mlflow.source.git.commit": "0123abc"}
+    tags = {"mlflow.source.git.commit": "0123abc", "mlflow.user": "somebody", "mlflow.source.name": "a/job.py"}
     return RunDescription.model_validate(
         {"experiment": "tests", "name": name, "params": params, "tags": tags, "datasets": (data,)}
     )

@@ -106,8 +106,7 @@ def refuse_change(store: Store, file: str, who: str, wanted: Mapping[str, Any]) 
     if changed:
         key = changed[0]
         raise UserError(
-            f"{who} was begun with another {key}: {found.get(key)!r}, now {wanted.get(key)!r}; "
-            "choose another --run.name"
+            f"{who} was begun with another {key}: {found.get(key)!r}, now {wanted.get(key)!r}; choose another --run"
         )
 
 

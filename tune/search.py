@@ -140,7 +140,7 @@ def open_search(store: Store, search: Search, wanted: dict[str, Any]) -> None:
         store.write("search.json", json.dumps(wanted, indent=2))
         return
     if not search.resume:
-        raise UserError(f"search '{name}' exists: go on with it with --resume, or choose another --run.name")
+        raise UserError(f"search '{name}' exists: go on with it with --resume, or choose another --run")
     parent.refuse_change(store, "search.json", f"search '{name}'", wanted)
 
 

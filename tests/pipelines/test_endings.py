@@ -74,10 +74,11 @@ def unread(*words: str, **environment: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("command", ["pipelines.pretrain", "pipelines.check_shards", "tune.ablate", "cluster.local"])
 def test_help_that_is_not_read_to_its_end_is_no_error(command):
-    assert unread(command, "--help") == (0, "")
+    assert unread(command, "--help", PYTHONUNBUFFERED="1") == (0, "")
+    assert unread(command, "--help", PYTHONUNBUFFERED="") == (0, "")
 
 
 def test_output_that_is_not_read_to_its_end_is_no_error(shards):
     # What is printed at the very end, when all is done; and before, where it ends the command as it ends others.
-    assert unread("pipelines.check_shards", shards["test"]) == (0, "")
+    assert unread("pipelines.check_shards", shards["test"], PYTHONUNBUFFERED="") == (0, "")
     assert unread("pipelines.check_shards", shards["test"], PYTHONUNBUFFERED="1") == (128 + signal.SIGPIPE, "")

@@ -11,6 +11,8 @@ import time
 import numpy as np
 import psutil
 import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError
 
 from cluster.processes import wait_until
 from pipelines.config import Config
@@ -105,3 +107,21 @@ def test_the_memory_of_a_gpu_is_told_as_what_it_is():
     error = RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     assert reason(error, Config()) == "RuntimeError: CUDA out of memory. Tried to allocate 20.00 MiB."
     assert not ran_out(str(error))
+
+
+@pytest.mark.parametrize("expected", ["unexpectedly", "expectedly"])
+def test_a_lost_node_is_named_as_the_cause(expected):
+    # In the words of Ray, in the error that Ray makes of them.
+    words = f"the actor's node was terminated {expected}: health check failed due to missing too many heartbeats"
+    cause = ActorDiedErrorContext(
+        actor_id=bytes(16),
+        class_name="RayTrainWorker",
+        node_ip_address="127.0.0.3",
+        error_message=f"The actor died because its node has died. Node Id: 01ab\n\t{words}",
+    )
+    told = "its node 127.0.0.3 is lost: health check failed due to missing too many heartbeats"
+    assert reason(ActorDiedError(cause), Config()) == told
+    other = ActorDiedErrorContext(
+        actor_id=bytes(16), node_ip_address="127.0.0.3", error_message="Worker exits by SIGKILL"
+    )
+    assert "node" not in reason(ActorDiedError(other), Config())

@@ -21,6 +21,7 @@ import torch
 from benchmarks.audit import CONTINUED
 from cluster.processes import free_ports, wait_until
 from mae_core.weights import encoder_state, load_official
+from pipelines import provenance
 from pipelines.config import identity, identity_hash
 from pipelines.data.plan import Plan
 from pipelines.data.shards import load_manifest
@@ -177,7 +178,10 @@ def test_from_shards_to_a_probed_encoder(recipe, shards, tmp_path, capfd):
     check_speed(points(folder), out)
     check_record(folder)
     assert main(command) == 0
-    assert "has finished already" in capfd.readouterr().out
+    again = capfd.readouterr().out
+    assert re.search(r"has finished already on \d{4}-\d\d-\d\d at \d\d:\d\d: 30 steps; nothing to do", again)
+    assert " min" not in again
+    assert f"{scores['test/linear_top1']:.1f} %" in again
     # fed back, the resolved configuration is the same run; changed, it is refused
     assert main(["--config", str(folder / "config.toml")]) == 0
     assert "has finished already" in capfd.readouterr().out
@@ -221,6 +225,14 @@ def check_record(folder):
     assert "git.commit" in run.data.tags
     notes = json.loads((folder / "result.json").read_text())["notes"]
     assert run.data.tags.get("mae.notes", "") == "; ".join(notes)
+    # What fills the columns of the UI's table; the commit's only where the code is in a repository.
+    assert run.data.tags["mlflow.source.name"] == "pipelines/pretrain.py"
+    assert run.data.tags["mlflow.source.type"] == "LOCAL"
+    assert run.data.tags["mlflow.user"] == run.info.user_id == provenance.user()
+    if (commit := provenance.git_commit()) != "unknown":
+        assert run.data.tags["mlflow.source.git.commit"] == commit.removesuffix("-dirty")
+    fed_back = Path(client.download_artifacts(run.info.run_id, "config.toml", str(folder / "..")))
+    assert fed_back.read_text() == (folder / "config.toml").read_text()
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert [point.step for point in history] == list(range(1, 31))
     assert run.inputs is not None

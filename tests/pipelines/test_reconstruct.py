@@ -1,6 +1,7 @@
 """The command that looks into a model, on real runs and shards: what its pictures show, pixel by pixel."""
 
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -426,11 +427,9 @@ def test_a_server_that_is_away_fails_nothing_and_gets_the_pictures_later(run, tm
     assert "2 pictures are not in MLflow yet" in err
     assert "not reachable" in err
     # what it says to do does it
-    command = err.split("send them later with python ")[1].split()
+    command = shlex.split(err.split("send them later with ")[1].splitlines()[0])
     uri = f"sqlite:///{tmp_path}/later.db"
-    done = subprocess.run(
-        [sys.executable, *command, "--tracking-uri", uri], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([*command, "--tracking-uri", uri], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     record = json.loads((folder / "looking" / "unsent-tiny" / "run.json").read_text())
     assert artifacts(uri, record["mlflow_run_id"]) == ["attention.png", "pca.png"]

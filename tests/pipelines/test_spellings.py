@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -49,7 +50,7 @@ THINGS = [
 ]
 
 
-def read(command, *flags):
+def read(command, *flags) -> Any:
     return parse(COMMANDS[command], prog=command, argv=[*NEEDED.get(command, []), *flags])
 
 

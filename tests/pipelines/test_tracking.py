@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.commands import open_record
 from pipelines.errors import UserError
 from pipelines.spool import Spool
-from pipelines.tracking import RunRecord, create_run, resolve_tracking_uri, send, start_follower
+from pipelines.tracking import RunRecord, create_run, resolve_tracking_uri, send, shown_record, start_follower
 from tests.records import (
     ROOT,
     Server,
@@ -63,6 +64,9 @@ def test_sqlite_from_beginning_to_continued_run(tmp_path: Path):
     assert run.info.run_name == "cells"
     assert run.data.params == {"optim.base_lr": "0.00015", "data.train": ""}
     assert run.data.tags["mlflow.source.git.commit"] == "0123abc"
+    assert run.data.tags["mlflow.source.name"] == "a/job.py"
+    assert run.info.user_id == "somebody"
+    assert shown_record(folder, uri) == f"MLflow UI  {open_record(uri)}"
     assert run.data.metrics["train/loss"] == 1 / 50
     assert run.inputs is not None
     assert run.info.artifact_uri is not None
@@ -126,6 +130,12 @@ def test_hung_server_costs_no_step_and_no_point(tmp_path: Path, mlflow_server: S
     folder = tmp_path / "hung"
     run_id = create_run(folder, description("hung"), tracking_uri=mlflow_server.uri, timeout_s=60)
     assert run_id is not None
+    # The link that a browser opens, without the password, once MLflow has the run.
+    with_password = mlflow_server.uri.replace("://", "://me:secret@")
+    found = client(mlflow_server.uri).get_run(run_id)
+    page = f"{mlflow_server.uri}/#/experiments/{found.info.experiment_id}/runs/{run_id}"
+    assert shown_record(folder, with_password) == f"MLflow     {page}"
+    assert shown_record(tmp_path, mlflow_server.uri) == ""
     spool = Spool(folder)
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
@@ -272,6 +282,8 @@ def test_two_senders_at_once(tmp_path: Path, mlflow_server: Server):
 TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
+from pipelines.commands import open_record
+from pipelines.errors import UserError
 from pipelines.spool import Spool
 from pipelines.tracking import start_follower
 folder = Path(sys.argv[1])

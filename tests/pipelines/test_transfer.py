@@ -1,6 +1,7 @@
 """Transfer of a real pretrained run: the protocols, their record, stops in the middle, wrong input."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from PIL import Image
 from mae_core.classifier import Classifier
 from mae_core.model import MaskedAutoencoder
 from pipelines import pretrain
+from pipelines.cli import load_toml
 from pipelines.config import Config
 from pipelines.data.shards import load_manifest
 from pipelines.errors import DIVERGED, UserError
+from pipelines.provenance import user
 from pipelines.training import checkpoint
 from pipelines.training.runfolder import RunFolder
 from pipelines.training.scores import interval, summarise
@@ -168,11 +171,15 @@ def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_lo
     assert parent.data.tags[f"mae.{key}_at_chance"] == "false"
     assert child.data.metrics["test/random_top1"] == pytest.approx(two["scores"]["test/random_top1"])
     artifacts = {file.path for file in client.list_artifacts(child_id)}
-    assert artifacts == {"result.json", "confusion.png", "confusion.npy", "per_class.csv"}
+    assert artifacts == {"config.toml", "result.json", "confusion.png", "confusion.npy", "per_class.csv"}
     # again: nothing is done, and nothing is noted twice
     capfd.readouterr()
     assert main(command) == 0
-    assert "finished already" in capfd.readouterr().out
+    again = capfd.readouterr().out
+    assert re.search(r"finished already on \d{4}-\d\d-\d\d at \d\d:\d\d; nothing to do", again)
+    assert "in 0 s" not in again
+    assert load_toml(Transfer, str(folder / "config.toml")).protocol == "linear-fast"
+    assert child.data.tags["mlflow.user"] == user()
     assert [one for one in scores(pretrained) if one[0] == key] == noted
 
 
