@@ -37,6 +37,7 @@ def task_of(num_classes: int = 3) -> Segmentation:
         transfer=Transfer(protocol="segment", train=TransferTrain(**recipe("segment")["train"])),
         device=torch.device("cpu"),
         num_classes=num_classes,
+        job=SimpleNamespace(classes=("ground", "$light$", "a\nb")),
         image_size=(32, 32),
         encoder=lambda *_, **__: encoder,
         autocast=contextlib.nullcontext,
@@ -85,6 +86,18 @@ def test_what_does_not_count_costs_nothing(manifest):
     # Filler at the end of the data, whoever computes it: the same sum of losses.
     filled = task.loss(model, read(manifest, rows=16)).item()
     assert filled == pytest.approx(task.loss(model, batch).item(), rel=1e-5)
+
+
+def test_a_sheet_shows_what_has_a_mask(manifest):
+    task, batch = task_of(), read(manifest)
+    model = task.model(0).eval()
+    with torch.inference_mode():
+        sheet, nothing = task.sheet(model, batch), task.sheet(model, replace(batch, weight_B=batch.weight_B * 0))
+    assert nothing is None
+    assert sheet is not None
+    # Eight rows of tiles, enlarged from 32 pixels to some 128, and the legend below.
+    assert sheet.height > 8 * 128
+    assert sheet.width > 3 * 128
 
 
 def test_values_outside_the_classes_are_told(manifest):
