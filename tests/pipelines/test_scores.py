@@ -138,7 +138,7 @@ def drawn(monkeypatch, tmp_path, *flags):
         told.update({name: [point.label for point in points] for name, points in lines.items()}, x=x_title)
         _[-1].write_bytes(b"")
 
-    monkeypatch.setattr("pipelines.transfer.draw_scores", draw)
+    monkeypatch.setattr("pipelines.plots.draw_scores", draw)
     scored = [(unit, summarise(unit, [one([[9, 1], [1, 9]])])) for unit in units(transfer, 4)]
     plot(transfer, None, Store(str(tmp_path)), scored)
     return told

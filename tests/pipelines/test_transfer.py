@@ -114,7 +114,7 @@ def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_lo
         finally:
             transfer.Worker = before
 
-    monkeypatch.setattr("pipelines.transfer.transfer_worker", watched)
+    monkeypatch.setattr("pipelines.training.transfer.transfer_worker", watched)
     # Images of its own to choose on: all of data.train are learned from.
     val = ["--data.val", shards["test"]]
     command = arguments(pretrained, shards, "linear-fast", "--seeds", "0", "1", "--visible", "0.1", "1", *val)
