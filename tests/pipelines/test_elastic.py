@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -224,7 +223,6 @@ def test_a_run_goes_on_without_a_lost_node_and_takes_in_a_new_one(nodes, shards,
     check_samples(folder, range(done - 1))
     assert found == list(range(1, done + 1))
     assert log.read_text().count(CONTINUED) == 2
-    assert re.search(r"worker \d is lost: its node [\d.]+ is lost", log.read_text())
 
 
 @pytest.mark.chaos
