@@ -21,6 +21,7 @@ class Console:
         self._finished = False
         self._scored: list[tuple[int, dict[str, float]]] = []
         self._goes_on_until = 0
+        self._places: dict[int, str] = {}
 
     def say(self, line: str) -> None:
         """Adds a line."""
@@ -43,6 +44,14 @@ class Console:
     def failure(self) -> tuple[str, int] | None:
         """What was noted."""
         return self._failure
+
+    def place(self, rank: int, node_id: str) -> None:
+        """Notes on which Ray node a worker runs."""
+        self._places[rank] = node_id
+
+    def places(self) -> dict[int, str]:
+        """Returns the ids of the workers' nodes, by rank."""
+        return self._places
 
     async def stop(self) -> None:
         """Asks the run to stop at its next step."""

@@ -117,6 +117,7 @@ class _Worker:
         context = ray.train.get_context()
         self.job = job
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        job.console.place.remote(self.rank, ray.get_runtime_context().get_node_id())
         self.device = ray.train.torch.get_device()
         sharing = context.get_local_world_size()
         if self.device.type == "cpu":

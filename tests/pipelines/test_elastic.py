@@ -206,10 +206,12 @@ def test_a_run_goes_on_without_a_lost_node_and_takes_in_a_new_one(nodes, shards,
     with started(command, log, nodes.environment()) as process:
         wait_for(lambda: step(folder) >= 20, process, log)
         assert world_sizes(folder) == [2]
-        operations.kill(nodes, next(node.name for node in nodes.nodes if members.training(nodes, node.name)))
+        lost = next(node for node in nodes.nodes if members.training(nodes, node.name))
+        operations.kill(nodes, lost.name)
         # Ray Train by itself would ask for the lost node's place for 60 s, before it has even begun to start again.
         wait_for(lambda: world_sizes(folder) == [2, 1], process, log, seconds=62)
         alone = step(folder)
+        wait_for(lambda: f"node {lost.address} is lost, and with it worker " in log.read_text(), process, log)
         operations.add(nodes)
         wait_for(lambda: step(folder) >= alone + 20, process, log)
         # the file of two workers is written on: it is the younger one again

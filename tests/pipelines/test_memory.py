@@ -11,7 +11,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.core.generated import common_pb2
 from ray.exceptions import ActorDiedError
 
 from cluster.processes import wait_until
@@ -113,7 +113,7 @@ def test_the_memory_of_a_gpu_is_told_as_what_it_is():
 def test_a_lost_node_is_named_as_the_cause(expected):
     # In the words of Ray, in the error that Ray makes of them.
     words = f"the actor's node was terminated {expected}: health check failed due to missing too many heartbeats"
-    cause = ActorDiedErrorContext(
+    cause = common_pb2.ActorDiedErrorContext(  # pyright: ignore[reportAttributeAccessIssue]
         actor_id=bytes(16),
         class_name="RayTrainWorker",
         node_ip_address="127.0.0.3",
@@ -121,7 +121,7 @@ def test_a_lost_node_is_named_as_the_cause(expected):
     )
     told = "its node 127.0.0.3 is lost: health check failed due to missing too many heartbeats"
     assert reason(ActorDiedError(cause), Config()) == told
-    other = ActorDiedErrorContext(
+    other = common_pb2.ActorDiedErrorContext(  # pyright: ignore[reportAttributeAccessIssue]
         actor_id=bytes(16), node_ip_address="127.0.0.3", error_message="Worker exits by SIGKILL"
     )
     assert "node" not in reason(ActorDiedError(other), Config())
