@@ -50,7 +50,7 @@ def tell_lost_nodes(console: Any, ranks: Collection[int], patience_s: float = _N
         ranks: Of the workers that were lost.
         patience_s: How long Ray is asked.
     """
-    places = ray.get(console.places.remote())
+    places: dict[int, str] = ray.get(console.places.remote())  # pyright: ignore[reportAssignmentType]
     waiting = {places[rank] for rank in ranks if rank in places}
     end = time.monotonic() + patience_s
     while waiting and time.monotonic() < end:
