@@ -28,6 +28,7 @@ from pipelines.errors import UserError, run_command
 from pipelines.kinds import TAG, refuse_other
 from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
+from pipelines.runs import finished_when
 from pipelines.spool import redact
 from pipelines.storage import Store
 from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, shown_record
@@ -215,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             measured = [measure(ready, row, journal) for row in ready.rows]
     _publish(ready, measured)
-    print(f"{who}: {(time.perf_counter() - started) / 60:.1f} min")
+    took = f"{(time.perf_counter() - started) / 60:.1f} min"
+    print(f"{who}: {took if left else f'had finished already{finished_when(store)}'}")
     if not any(one.scores for one in measured):
         print("error: no cell has a score", file=sys.stderr)
         return 1

@@ -29,6 +29,7 @@ from pipelines.kinds import TAG, refuse_other
 from pipelines.lease import Lease, hold
 from pipelines.pretrain import Images, check, resolve
 from pipelines.pretrain import main as pretrain_main
+from pipelines.runs import finished_when
 from pipelines.spool import Spool, redact
 from pipelines.storage import Store
 from pipelines.tracking import RUN_FILE, RunDescription, create_run, resolve_tracking_uri, send, shown_record
@@ -232,11 +233,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parent.refuse_other_trials(store, ready.cells)
     if search.final:
         refuse_other(Store(search.run.storage).child(_final_name(search)), "run")
+    known = [trial.state for trial in Journal(store).trials.values()]
+    when = finished_when(store) if len(known) >= ready.planned and "running" not in known else ""
     with hold(store, f"search '{search.run.name}'", "search") as lease, connect(address=search.scale.address):
         ended, ranked, text = _run(ready, store, lease)
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{text}\n")
-    print(f"search '{search.run.name}' {'finished' if ended else 'ended'} in {minutes:.1f} min")
+    how = f"had finished already{when}" if when else f"{'finished' if ended else 'ended'} in {minutes:.1f} min"
+    print(f"search '{search.run.name}' {how}")
     if not ended:
         print(f"go on with it: {PROG} --resume and the same arguments")
         return INTERRUPTED
