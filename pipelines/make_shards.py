@@ -24,6 +24,7 @@ from pipelines.data.sources import (
     Listing,
     Masks,
     Source,
+    close_archive,
     counted,
     extension_of,
     find_source,
@@ -119,6 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: The source or the folder is not as it must be.
     """
     args = parse(MakeShards, prog=PROG, argv=argv)
+    try:
+        return _make(args)
+    finally:
+        close_archive()
+
+
+def _make(args: MakeShards) -> int:
     start = time.monotonic()
     shares, splits = _shares(args)
     options = PackingOptions(

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from mae_core.probes import split_indices
 from pipelines.config import Config
 from pipelines.data.plan import Plan
 from pipelines.data.shards import Manifest
@@ -70,6 +69,8 @@ def validation_size(config: Config, labelled: Manifest, seed: int) -> int:
         labelled: The data of their probes.
         seed: Of the trial: each has a split of its own.
     """
+    from mae_core.probes import split_indices  # and PyTorch with it
+
     _, validation = split_indices(labelled.num_samples, config.probe.val_share, seed=seed)
     num = min(config.probe.samples or labelled.num_samples, labelled.num_samples)
     looked_at, _ = Plan(labelled.num_samples, seed=0, end=num, shuffle=num < labelled.num_samples).samples(0, num)

@@ -431,22 +431,32 @@ def _read(source: Source, path: str, size: int, where: int) -> bytes:
     if source.kind == "digits":
         return digit_jpeg(where)
     with _told(source.path):
+        archive, members = _opened(source)
+        if isinstance(archive, zipfile.ZipFile):
+            return archive.read(members[where])
+        return os.pread(archive.fileno(), size, where)
+
+
+# The archive that was read last: it stays open for the next shard, as a zip of a million members takes seconds to open.
+_open: dict[str, tuple[BinaryIO | zipfile.ZipFile, list[zipfile.ZipInfo]]] = {}
+
+
+def _opened(source: Source) -> tuple[BinaryIO | zipfile.ZipFile, list[zipfile.ZipInfo]]:
+    if source.path not in _open:
+        close_archive()
         if source.kind == "tar":
-            return os.pread(_open_tar(source.path).fileno(), size, where)
-        archive, members = _open_zip(source.path)
-        return archive.read(members[where])
+            _open[source.path] = Path(source.path).open("rb"), []  # noqa: SIM115 (closed by close_archive)
+        else:
+            archive = zipfile.ZipFile(source.path)
+            _open[source.path] = archive, archive.infolist()
+    return _open[source.path]
 
 
-# Archives stay open for a worker's next shard: a zip of a million members takes seconds to open.
-@functools.lru_cache(maxsize=1)
-def _open_tar(path: str) -> BinaryIO:
-    return Path(path).open("rb")
-
-
-@functools.lru_cache(maxsize=1)
-def _open_zip(path: str) -> tuple[zipfile.ZipFile, list[zipfile.ZipInfo]]:
-    archive = zipfile.ZipFile(path)
-    return archive, archive.infolist()
+def close_archive() -> None:
+    """Closes the archive that this process has read images of, if any."""
+    while _open:
+        archive, _ = _open.popitem()[1]
+        archive.close()
 
 
 def _read_stream(source: Source, positions: dict[int, int]) -> Iterator[tuple[int, bytes]]:

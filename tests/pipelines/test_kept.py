@@ -27,13 +27,12 @@ QUIET = ("--log.pictures", "0", "--log.no-ids", "--probe.no-at-start")
 
 
 @pytest.mark.parametrize("kind", ["pickle", "zipped", "legacy", "named safetensors"])
-def test_hostile_weights_are_refused_in_one_line(recipe, tmp_path, kind):
+def test_hostile_weights_are_refused_in_one_line(recipe, shards, tmp_path, kind):
     path = tmp_path / ("model.safetensors" if kind == "named safetensors" else "mae.pth")
     path.write_bytes(
         bomb(tmp_path) if kind in ("pickle", "named safetensors") else torch_bomb(tmp_path, zipped=kind == "zipped")
     )
-    shards = {"train": "never read"}
-    data = ["--data.train", "never read", "--data.test", "never read"]
+    data = ["--data.train", shards["train"], "--data.test", shards["test"]]
     for run in (
         lambda: main(arguments(recipe(4), shards, tmp_path / "runs", "hostile", "--run.init-from", str(path))),
         lambda: transfer(["--weights", str(path), "--storage", str(tmp_path / "runs"), *data]),
