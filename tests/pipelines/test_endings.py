@@ -72,7 +72,7 @@ def unread(*words: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("command", ["pipelines.pretrain", "pipelines.check_shards", "tune.ablate", "cluster.local"])
+@pytest.mark.parametrize("command", ["pipelines.check_shards", "tune.ablate"])
 def test_help_that_is_not_read_to_its_end_is_no_error(command):
     assert unread(command, "--help", PYTHONUNBUFFERED="1") == (0, "")
     assert unread(command, "--help", PYTHONUNBUFFERED="") == (0, "")

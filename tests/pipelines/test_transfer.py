@@ -182,6 +182,7 @@ def test_a_linear_score_stands_on_its_pretraining_run(pretrained, shards, ray_lo
     assert [one for one in scores(pretrained) if one[0] == key] == noted
 
 
+@pytest.mark.chaos
 def test_images_that_cannot_be_read_end_a_transfer(pretrained, shards, ray_local, tmp_path):
     data = {"train": spoil(shards["train"], tmp_path / "train"), "test": shards["test"]}
     with pytest.raises(UserError, match=r"none of the 57 images read so far of .*/train can be read"):
