@@ -40,8 +40,9 @@ check: install ## lint, format, types
 	.venv/bin/ruff format --check .
 	.venv/bin/basedpyright --level error
 
-bench: install ## measure training steps on this machine, in some 20 minutes
+bench: install ## measure training steps on this machine, in some 20 minutes, and run the tests of timing
 	$(RUN) -m benchmarks.step
+	$(RUN) -m pytest -m timing
 
 mlflow: install ## open the record of the runs in runs/ in the MLflow UI on port 5000
 	.venv/bin/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db

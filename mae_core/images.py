@@ -4,6 +4,7 @@ B images of a block, C channels, H and W height and width, A attempts, U draws. 
 whole block at once: for tiny images the Python around the decoder costs as much as the decoder.
 """
 
+import contextlib
 import io
 import re
 import struct
@@ -29,6 +30,7 @@ _COLOURS = {1: "GRAY", 3: "RGB"}
 _MODES = {1: "L", 3: "RGB"}
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_PNG_TURNED = (b"XML:com.adobe.xmp\0\0", b"Raw profile type exif\0")  # texts that may say how a PNG is turned
 # What is read at all. Pillow knows more, among it formats that start other programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 _ORIENTATION_TAG = 0x0112
@@ -83,13 +85,14 @@ def decode_by_pillow(data: bytes | memoryview, mode: str, max_pixels: int = MAX_
     try:
         return _decode_once(data, mode, max_pixels)
     except ImageError as error:
-        bare = _without_metadata(data) if error.reason != "too_large" else None
-        if bare is None:
-            raise
-        try:
-            return _decode_once(bare, mode, max_pixels)
-        except ImageError:
-            raise error from None
+        # First with what says how the picture is turned, then without it.
+        for turned in (True, False) if error.reason != "too_large" else ():
+            bare = _without_metadata(data, turned)
+            if bare is None:
+                break
+            with contextlib.suppress(ImageError):
+                return _decode_once(bare, mode, max_pixels)
+        raise
 
 
 def _decode_once(data: bytes | memoryview, mode: str, max_pixels: int) -> np.ndarray:
@@ -131,10 +134,14 @@ def _orientation(file: Image.Image) -> int:
         return int(match[1]) if match else 1
 
 
-def _without_metadata(data: bytes | memoryview) -> bytes | None:
-    """The same pixels and orientation without what else a PNG, WebP or JPEG says of itself; None for other bytes.
+def _without_metadata(data: bytes | memoryview, turned: bool) -> bytes | None:
+    """The same pixels without what else a PNG, WebP or JPEG says of itself; None for other bytes.
 
     Pillow refuses whole files for damaged or large texts, colour profiles and the like.
+
+    Args:
+        data: The file.
+        turned: Keep what says how the picture is turned: EXIF and XMP.
     """
     data = bytes(data)
     parts = []
@@ -142,11 +149,11 @@ def _without_metadata(data: bytes | memoryview) -> bytes | None:
         for kind, body, whole in _png_chunks(data):
             if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
                 parts.append(whole)
-            elif kind == b"eXIf" or (kind == b"iTXt" and body.startswith(b"XML:com.adobe.xmp\0\0")):
+            elif turned and (kind == b"eXIf" or body.startswith(_PNG_TURNED)):
                 parts += [whole[:8], body, struct.pack(">I", zlib.crc32(kind + body))]
         return _PNG_MAGIC + b"".join(parts)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return _bare_webp(data)
+        return _bare_webp(data, turned)
     if data.startswith(_JPEG_MAGIC):
         at = 2
         while at + 4 <= len(data):
@@ -157,7 +164,7 @@ def _without_metadata(data: bytes | memoryview) -> bytes | None:
                 return data[:2] + b"".join(parts) + data[at:]
             whole = data[at : at + 2 + length]
             # EXIF and XMP have the orientation, Adobe's segment the colour space.
-            if not 0xE0 <= marker <= 0xFE or marker == 0xE1 or (marker == 0xEE and length >= 14):
+            if not 0xE0 <= marker <= 0xFE or (turned and marker == 0xE1) or (marker == 0xEE and length >= 14):
                 parts.append(whole)
             at += 2 + length
     return None
@@ -172,7 +179,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
         at += 12 + length
 
 
-def _bare_webp(data: bytes) -> bytes | None:
+def _bare_webp(data: bytes, turned: bool) -> bytes | None:
     """A WebP of one picture with its EXIF and XMP, or None where it has none or is an animation."""
     chunks, at = {}, 12
     while at + 8 <= len(data):
@@ -182,7 +189,7 @@ def _bare_webp(data: bytes) -> bytes | None:
     picture = chunks.get(b"VP8 ") or chunks.get(b"VP8L")
     if picture is None or len(picture) < 8 + struct.unpack_from("<I", picture, 4)[0]:
         return None
-    exif, xmp = chunks.get(b"EXIF", b""), chunks.get(b"XMP ", b"")
+    exif, xmp = (chunks.get(kind, b"") if turned else b"" for kind in (b"EXIF", b"XMP "))
     if b"VP8X" in chunks and exif + xmp:
         header = chunks[b"VP8X"]
         flags = (8 if exif else 0) | (4 if xmp else 0)  # no profile, no alpha, no animation

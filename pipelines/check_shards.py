@@ -43,6 +43,7 @@ from pipelines.data.shards import (
 )
 from pipelines.data.sources import named_split, split_of
 from pipelines.errors import UserError, run_command
+from pipelines.reading import ReadError
 from pipelines.storage import Store, absolute
 
 PROG = command_line("pipelines.check_shards")
@@ -170,8 +171,9 @@ def _write(args: CheckShards, store: Store, sizes: dict[str, int] | None, tars: 
         raise UserError(f"nothing can be written to {indexes.shown()}: keep the index elsewhere, by --index-to DIR")
     if args.index_to and (urlsplit(store.location).username or (store.is_web and urlsplit(store.location).query)):
         raise UserError(f"{store.shown()}: its password or signature would stand in {INFO}; give an address without")
-    known = known_splits(store, read_info(store, sizes)) if sizes is None or INFO in sizes else {}
+    known = _known_splits(store, sizes)
     split, names = _choose_split(args.split, store, tars, known)
+    _say_unlisted(known.get(split, {}), names, tars)
     found = {checked.name: checked for checked in _index_all(args, store, indexes, names, sizes)}
     shards = [found[name] for name in names]
     problems = [line for shard in shards for line in shard.problems]
@@ -181,6 +183,8 @@ def _write(args: CheckShards, store: Store, sizes: dict[str, int] | None, tars: 
     before = known.get(split, {})
     mask_classes = max(int(before.get("mask_classes", 0)), *(shard.mask_classes for shard in shards))
     no_labels = next((f"{shard.name}: {shard.no_labels}" for shard in shards if shard.no_labels), "")
+    if (top := max(shard.top_label for shard in shards)) >= _MOST_CLASSES:
+        no_labels = no_labels or f"the highest label is {top:,}, and labels count from 0 on, one for each class"
     _say_left_out(shards)
     _say(shards, mask_classes, no_labels)
     manifest = Manifest(
@@ -218,6 +222,8 @@ def _choose_split(asked: str, store: Store, tars: list[str], known: dict[str, di
     Raises:
         UserError: There are several, and none of them is asked for.
     """
+    if listed := [str(name) for name in known.get(asked, {}).get("filenames", ())]:
+        return asked, listed
     split = asked or (next(iter(known)) if len(known) == 1 else "")
     by_name: dict[str, list[str]] = {}
     for name in tars:
@@ -240,6 +246,31 @@ def _choose_split(asked: str, store: Store, tars: list[str], known: dict[str, di
     return split, names
 
 
+def _known_splits(store: Store, sizes: dict[str, int] | None) -> dict[str, dict[str, Any]]:
+    """The splits in an ``_info.json`` that is there already.
+
+    Raises:
+        UserError: It is none.
+    """
+    if sizes is not None and INFO not in sizes:
+        return {}
+    try:
+        return known_splits(store, read_info(store, sizes))
+    except ReadError:
+        raise
+    except UserError:
+        raise UserError(f"{store.shown(INFO)} is not timm's, nor ours: delete it, then run --write again") from None
+
+
+def _say_unlisted(split: dict[str, Any], names: Sequence[str], tars: Sequence[str]) -> None:
+    """Prints which shards beside those of ``_info.json`` are indexed too, or are not."""
+    listed = {str(name) for name in split.get("filenames", ())}
+    for others, what in ((set(names) - listed, "indexed too"), (set(tars) - set(names), "left out")):
+        if listed and (shown := sorted(others)):
+            more = ", ..." if len(shown) > 3 else ""
+            print(f"{what}: {len(shown)} tars that {INFO} did not list ({printable(', '.join(shown[:3]))}{more})")
+
+
 def _index_all(
     args: CheckShards, store: Store, indexes: Store, names: list[str], sizes: dict[str, int] | None
 ) -> Iterator[Checked]:
@@ -257,8 +288,6 @@ def _index_all(
 
 def _class_names(args: CheckShards, shards: list[Checked], known: tuple[str, ...]) -> tuple[str, ...]:
     num_classes = max(shard.top_label for shard in shards) + 1
-    if num_classes > _MOST_CLASSES:
-        raise UserError(f"the highest label is {num_classes - 1:,}: labels count from 0 on, one for each class")
     if args.classes and num_classes:
         known = read_classes(args.classes)
         if len(known) < num_classes:

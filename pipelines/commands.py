@@ -39,7 +39,15 @@ def command_line(module: str, *arguments: str, storage: str = DEFAULT_STORAGE) -
 
         if absolute(storage) != absolute(DEFAULT_STORAGE):
             words += ["--storage", storage]
-    return shlex.join(words)
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    """A word as a shell takes it; bytes that are no UTF-8 as bash and its kin write them."""
+    if not any("\udc80" <= char <= "\udcff" for char in word):
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'").encode("utf-8", "surrogateescape")
+    return f"$'{escaped.decode('utf-8', 'backslashreplace')}'"
 
 
 def open_record(tracking_uri: str) -> str:

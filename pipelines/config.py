@@ -330,20 +330,19 @@ class Config(Section):
         return self
 
 
-def worker_cpus(scale: Scale, reading: float, nodes: Sequence[float], *, may_grow: bool = False) -> float:
+def worker_cpus(scale: Scale, reading: float, nodes: Sequence[float]) -> float:
     """CPUs that each worker claims: those asked for, else 1, or less where that many workers leave none for reading.
 
     Args:
         scale: What a run asks for.
         reading: CPUs that one reading task claims.
         nodes: CPUs of each node.
-        may_grow: Whether nodes may join: then no more workers than there are CPUs are pressed together.
 
     Returns:
         1 where nothing fits.
     """
     workers = scale.workers
-    if scale.cpus_per_worker or (may_grow and workers > sum(nodes)):
+    if scale.cpus_per_worker or workers > sum(nodes):  # more workers than CPUs are not pressed together
         return scale.cpus_per_worker or 1.0
 
     def fits(share: float) -> bool:

@@ -66,6 +66,8 @@ def refuse_other(store: Store, wanted: Kind) -> None:
     Raises:
         UserError: It holds another kind of thing, or lies among the trials of a search or an ablation.
     """
+    if store.is_web:
+        return  # nothing is written there, as its command says
     found = kind_of(store)
     *_, above, name = _parts(store)
     if found not in (None, wanted):

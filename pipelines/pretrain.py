@@ -23,6 +23,7 @@ from pipelines.config import Config, flat, identity, identity_hash, total_steps,
 from pipelines.data.shards import Manifest, load_manifest, need_labels, need_same_classes
 from pipelines.early import check_early
 from pipelines.errors import FAILED, USAGE_ERROR, UserError, run_command
+from pipelines.kinds import refuse_other
 from pipelines.lease import Lease, check_of, hold
 from pipelines.runs import finished_when
 from pipelines.spool import Spool, Status
@@ -296,8 +297,10 @@ def summary(config: Config, result: dict[str, Any], tracking_uri: str, seconds: 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     config = resolve(read_config(argv))
+    store = Store(config.run.storage).child(config.run.name)
+    refuse_other(store, "run")
     images = Images(*check(config))
-    with hold(Store(config.run.storage).child(config.run.name), f"run '{config.run.name}'", "run") as lease:
+    with hold(store, f"run '{config.run.name}'", "run") as lease:
         return run(config, images, lease)
 
 

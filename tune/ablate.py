@@ -149,6 +149,7 @@ def prepare(ablation: Ablation) -> _Ready:
     Raises:
         UserError: Something is.
     """
+    refuse_other(_store(ablation), "ablation")
     train, labelled, test = check(pretraining(ablation))
     if labelled is None:
         raise UserError("probe.train is not given: a table is scored by a probe, which needs labelled shards")

@@ -208,6 +208,7 @@ def read_search(argv: Sequence[str] | None = None) -> _Ready:
     search = Search.model_validate({**search.model_dump(), **resolve(pretraining(search)).model_dump()})
     if not search.space:
         raise UserError(f"no space is given: name one with --space tune/spaces/FILE.toml (see {PROG} --help)")
+    refuse_other(Store(search.run.storage).child(search.run.name), "search")
     train, labelled, test = check(pretraining(search))
     if labelled is None:
         raise UserError("probe.train is not given: a search is scored by a probe, which needs labelled shards")
@@ -229,7 +230,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     search = ready.search
     store = Store(search.run.storage).child(search.run.name)
-    refuse_other(store, "search")
     parent.refuse_other_trials(store, ready.cells)
     if search.final:
         refuse_other(Store(search.run.storage).child(_final_name(search)), "run")

@@ -274,14 +274,17 @@ class _Members:
         key, extension = _split(name, self._rule)
         if extension == "cls":
             content = archive.extractfile(member)
-            label = _parse_label(content.read(64) if content else b"")
+            label = _parse_label(content.read(65) if content else b"")
             if label == NO_LABEL and not self._no_labels:
                 content = archive.extractfile(member)
                 held = content.read(40) if content else b""
                 self._no_labels = f"'{valid_text(name)}' holds {held!r}, and a label is a whole number from 0 on"
             self._labels[key].append(label)
-        elif extension == MASK_EXTENSION and member.size:
-            self._masks[key].append((member.offset_data, member.size))
+        elif extension == MASK_EXTENSION:
+            if member.size:
+                self._masks[key].append((member.offset_data, member.size))
+            else:
+                self.leave_out("empty masks", name)
         elif image_extension(f"x.{extension}"):
             self._images.append(_Image(name, key, extension, member.offset_data, member.size))
         else:
@@ -416,8 +419,6 @@ def index_of(rows: Sequence[Sequence[Any]]) -> ShardIndex:
 
 
 def _parse_label(text: bytes) -> int:
-    try:
-        label = int(text)
-    except ValueError:
-        return NO_LABEL
-    return label if 0 <= label < 1 << 63 else NO_LABEL
+    digits = text.strip() if len(text) <= 64 else b""
+    label = int(digits) if digits.isdigit() else NO_LABEL
+    return label if label < 1 << 63 else NO_LABEL

@@ -4,6 +4,7 @@ import io
 import re
 import statistics
 import warnings
+from pathlib import Path
 
 from PIL import Image
 
@@ -14,9 +15,11 @@ from pipelines.early import num_gpus
 from pipelines.reading import DEFAULT_POLICY, read_range
 from pipelines.storage import Store
 
-RECIPE = "pipelines/recipes/first_cpu.toml"
-_RECIPE_STEPS, _RECIPE_SIZE, _RECIPE_SIDE, _RECIPE_PATCH = 1000, 64, 64, 8
-_PAPER_SIDE, _PAPER_PATCH, _PAPER_SIZE = 224, 16, 4096
+RECIPE = Path(__file__).absolute().parents[1] / "recipes" / "first_cpu.toml"
+_STEPS = 1000  # the recipe's, and a GPU's
+_PROBED = 20_000  # images of a large labelled set that a first run's probes look at
+_RECIPE_SIZE, _RECIPE_SIDE, _RECIPE_PATCH = 64, 64, 8
+_PAPER_SIDE, _PAPER_PATCH = 224, 16
 _LOOKED_AT = 32
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 
@@ -33,19 +36,32 @@ def next_step(manifest: Manifest, test: str = "", *, gpu: bool | None = None) ->
     num, side = manifest.num_samples, _side(manifest)
     flags = ["--data.train", manifest.location, "--run", _name(manifest)]
     if gpu:
-        flags += ["--scale.gpu", "--batch.micro-size", "0"]
-        # A batch of the paper's is more than all of a small data set.
-        size = next((size for size in (4096, 1024, 256) if 16 * size <= num), 64)
-        flags += ["--batch.global-size", str(size)] if size != _PAPER_SIZE else []
+        # The paper's ViT-B for some minutes; a batch of its size would be more than all of a small data set.
+        size = next((size for size in (512, 256) if 16 * size <= num), 64)
+        flags += [
+            "--scale.gpu",
+            "--batch.micro-size",
+            "0",
+            "--train.steps",
+            str(_STEPS),
+            "--batch.global-size",
+            str(size),
+        ]
+        flags += ["--probe.samples", str(_PROBED)] if num > _PROBED and manifest.labelled else []
         flags += _sides(side, _PAPER_SIDE, _PAPER_PATCH)
     else:
-        flags = ["--config", RECIPE, *flags]
-        # A twentieth of the run, as in the paper.
-        flags += ["--optim.warmup-epochs", f"{_RECIPE_STEPS * _RECIPE_SIZE / num / 20:.2g}"]
+        size, flags = _RECIPE_SIZE, ["--config", _shown(RECIPE), *flags]
         flags += _sides(side, _RECIPE_SIDE, _RECIPE_PATCH)
+    # A twentieth of the run, as in the paper.
+    flags += ["--optim.warmup-epochs", f"{_STEPS * size / num / 20:.2g}"]
     if manifest.labelled:
         flags += ["--probe.train", manifest.location, *(["--probe.test", test] if test else [])]
     return command_line("pipelines.pretrain", *flags)
+
+
+def _shown(path: Path) -> str:
+    """A path as it can be given in the shell at hand."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _name(manifest: Manifest) -> str:

@@ -66,17 +66,11 @@ _BEGINNINGS = (
 )
 _BEGINNING_BYTES = 64
 _MOST_KINDS = 12  # of left-out files, in one line
-# What folders and shards of a split are called.
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
+# What folders and shards of a split are called: train, training_images, valset.
+_SPLIT = re.compile(
+    r"(?:(?P<train>train)|(?P<val>val|valid|validation|dev)|(?P<test>test)|(?P<eval>eval|evaluation)|(?P<holdout>holdout)"
+    r"|(?P<extra>extra)|(?P<unlabeled>unlabell?ed))(?:ing|set|data|split|images|imgs?)*"
+)
 
 
 @dataclass(frozen=True)
@@ -152,7 +146,8 @@ def valid_text(name: str) -> str:
 
 def split_of(word: str) -> str:
     """The split that a word means, ``val`` for ``Validation``; empty where it means none."""
-    return _SPLITS.get(word.lower(), "")
+    match = _SPLIT.fullmatch(re.sub(r"[^a-z]", "", word.lower()))
+    return (match.lastgroup or "") if match else ""
 
 
 def named_split(shard_name: str) -> str:

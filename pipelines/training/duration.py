@@ -21,7 +21,9 @@ _PATCH = 16  # of that architecture
 
 
 def in_words(hours: float) -> str:
-    """``12.5 min``, ``3.2 h`` or ``60 h (2.5 days)``."""
+    """``20 s``, ``12.5 min``, ``3.2 h`` or ``60 h (2.5 days)``."""
+    if hours < 1 / 60:
+        return f"{max(1.0, 3600 * hours):.0f} s"
     if hours >= 2 * DAYS_H:
         return f"{hours:,.0f} h ({hours / 24:,.1f} days)"
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"

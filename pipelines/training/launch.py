@@ -29,7 +29,7 @@ def check_resources(scale: Scale, reading: float) -> Scale:
     have = ray.cluster_resources()
     may_grow = bool(scale.address or os.environ.get("RAY_ADDRESS"))
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    scale = scale.model_copy(update={"cpus_per_worker": worker_cpus(scale, reading, nodes, may_grow=may_grow)})
+    scale = scale.model_copy(update={"cpus_per_worker": worker_cpus(scale, reading, nodes)})
     if scale.min_workers:
         _check_room_for_reading(scale, reading)
     cpus = have.get("CPU", 0)

@@ -205,6 +205,24 @@ def test_pixels_of_a_webp_are_not_thrown_away_for_its_metadata(kind: bytes, meta
         np.testing.assert_array_equal(decode(turned), np.rot90(pixels, -1))
 
 
+def test_a_webp_whose_exif_is_cut_has_all_its_pixels() -> None:
+    pixels = scene(24, 40)
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    data = encode(pixels, "WEBP", lossless=True, exif=exif.tobytes())
+    for cut in (2, 5, 9):
+        np.testing.assert_array_equal(decode(data[:-cut]), pixels)
+
+
+def test_how_a_png_is_turned_is_found_beside_what_pillow_refuses() -> None:
+    pixels = scene(24, 40)
+    data = encode(pixels, "PNG")
+    raw = b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n%8d\n" % len(_TURNED) + _TURNED.hex().encode())
+    profile = b"odd\0\0" + zlib.compress(bytes(2 << 20))
+    found = decode(data[:33] + chunk(b"zTXt", raw) + chunk(b"iCCP", profile) + data[33:])
+    np.testing.assert_array_equal(found, np.rot90(pixels, -1))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])
 @pytest.mark.parametrize(
     ("marker", "metadata"),

@@ -38,6 +38,19 @@ def test_a_printed_command_runs_as_it_is_pasted(where, monkeypatch, tmp_path):
     assert f"no run 'no such run' in {tmp_path}/my runs" in done.stderr
 
 
+@pytest.mark.skipif(not Path("/bin/bash").exists(), reason="such names are quoted as bash takes them")
+@pytest.mark.parametrize("name", [b"caf\xe9", b"it's \xff\\n", "plain é 🦆".encode()])
+def test_a_name_of_any_bytes_comes_through(name):
+    quoted = shlex_free(command_line("x", os.fsdecode(name)))
+    done = subprocess.run(["/bin/bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True)
+    assert done.stdout == name
+
+
+def shlex_free(command: str) -> str:
+    """The last word of a printed command, quoted as it is."""
+    return command.split(" -m x ", 1)[1]
+
+
 def test_the_interpreter_is_spelt_by_name_where_the_environment_is_active(monkeypatch):
     monkeypatch.setenv("PATH", f"{BIN}:/usr/bin:/bin")
     assert shlex.split(command_line("pipelines.sync"))[0] in ("python", "python3")

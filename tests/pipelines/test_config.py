@@ -133,14 +133,12 @@ def test_a_worker_claims_what_leaves_room_for_reading(workers, nodes, claimed):
         assert packed < workers or max(left) >= reading - 1e-6 or max(nodes) < reading
 
 
-def test_workers_of_a_cluster_that_may_grow_are_not_pressed_together():
-    assert worker_cpus(Scale(workers=8), 0.66, [4.0], may_grow=True) == 1.0
-    assert worker_cpus(Scale(workers=8), 0.66, [4.0]) < 0.5
-    assert worker_cpus(Scale(workers=4), 0.66, [4.0], may_grow=True) == 0.83
+def test_more_workers_than_cpus_are_not_pressed_together():
+    assert [worker_cpus(Scale(workers=num), 0.66, [4.0]) for num in (4, 5, 8, 99)] == [0.83, 1.0, 1.0, 1.0]
 
 
 def test_elastic_workers_leave_room_on_every_node():
-    claimed = worker_cpus(Scale(workers=2, min_workers=1), 0.66, [2.0, 1.5], may_grow=True)
+    claimed = worker_cpus(Scale(workers=2, min_workers=1), 0.66, [2.0, 1.5])
     assert claimed == 0.42
     for cpus in (2.0, 1.5):
         assert cpus - min(2, int(cpus / claimed)) * claimed >= 0.66 - 1e-4

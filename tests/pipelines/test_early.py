@@ -38,6 +38,8 @@ MISTAKES = [
     ([*PRETRAIN, "--config", "nowhere.toml"], "no configuration file"),
     (["pretrain", "--data.train", "{folder}/nowhere"], "nowhere"),
     (["pretrain"], "data.train is not given"),
+    ([*PRETRAIN, "--run", "taken"], "taken is a search, not a pretraining run"),
+    (["tune.search", *SEARCH, "--space", "s.toml", "--storage", "{folder}/runs", "--run", "begun"], "begun is a pret"),
     (["estimate", "--data.train", "{folder}/nowhere"], "nowhere"),
     (["estimate", "--data.train", "{shards}", "--data.image-size", "100"], "not divisible"),
     (["estimate", "--secnds", "3"], "did you mean --seconds"),
@@ -80,6 +82,10 @@ def ends(commands):
 
 
 def test_a_mistake_waits_for_no_heavy_import(packed, tmp_path):
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "runs" / "taken" / "search.json").write_text("{}")
+    (tmp_path / "runs" / "begun").mkdir()
+    (tmp_path / "runs" / "begun" / "config.json").write_text("{}")
     commands = [[word.format(shards=packed, folder=tmp_path) for word in words] for words, _ in MISTAKES]
     commands = [[words[0] if "." in words[0] else f"pipelines.{words[0]}", *words[1:]] for words in commands]
     for words, (_, told), (said, slow) in zip(commands, MISTAKES, ends(commands), strict=True):

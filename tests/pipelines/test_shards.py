@@ -241,6 +241,62 @@ def test_a_mixed_up_shard_is_named_and_nothing_is_written(tmp_path, capsys):
     assert "1 .txt (a-1.tar: 8.txt)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("names", "asked"),
+    [
+        (("trainset0", "testset0"), "train"),
+        (("traindata_0", "eval_0"), "eval"),
+        (("TRAIN0", "HOLDOUT0"), "holdout"),
+        (("train_0", "unlabelled_0"), "train"),
+        (("train_0", "extra_0"), "extra"),
+    ],
+)
+def test_splits_are_known_by_the_usual_names(tmp_path, names, asked):
+    folder = write_shards(tmp_path, **{name: [f"{n}.jpg"] for n, name in enumerate(names)})
+    with pytest.raises(UserError, match="holds shards of several splits"):
+        check(folder, "--write")
+    assert check(folder, "--write", "--split", asked) == 0
+    assert load_manifest(str(folder)).num_samples == 1
+
+
+def test_shards_that_the_info_does_not_list_are_named(tmp_path, capsys):
+    folder = write_shards(tmp_path, a_0=["a.jpg"], b_0=["b.jpg"])
+    info = folder / "_info.json"
+    info.write_text(json.dumps({"splits": {"own": {"filenames": ["a-0.tar"]}}}))
+    assert check(folder, "--write", "--split", "own") == 0
+    assert "left out: 1 tars that _info.json did not list (b-0.tar)" in capsys.readouterr().out
+    assert load_manifest(str(folder)).shard_names == ("a-0.tar",)
+    assert check(folder, "--write") == 0
+    assert "indexed too: 1 tars that _info.json did not list (b-0.tar)" in capsys.readouterr().out
+    assert load_manifest(str(folder)).num_samples == 2
+
+
+@pytest.mark.parametrize("text", ["{broken", '{"name": "train"}', "[1]"])
+def test_an_info_that_says_nothing_is_to_be_deleted(tmp_path, text):
+    folder = write_shards(tmp_path, a_0=["a.jpg"])
+    (folder / "_info.json").write_text(text)
+    with pytest.raises(UserError, match="delete it, then run --write again"):
+        check(folder, "--write", "--split", "train")
+
+
+@pytest.mark.parametrize("label", [b"1_0", b"5" + b" " * 80 + b"7", b"+3", b"", b"2000000"])
+def test_what_is_no_label_stops_labelled_use_alone(tmp_path, label):
+    folder = write_shards(tmp_path, a_0=["9.jpg", ("9.cls", label)])
+    assert check(folder, "--write") == 0
+    manifest = load_manifest(str(folder))
+    assert manifest.num_samples == 1
+    assert not manifest.labelled
+    with pytest.raises(UserError, match=r"have no labels .*label"):
+        need_labels("probe.train", manifest, "a probe")
+
+
+def test_an_empty_mask_is_no_image(tmp_path, capsys):
+    folder = write_shards(tmp_path, a_0=["a.jpg", ("a.cls", b"1"), ("a.mask.png", b""), "b.jpg", ("b.cls", b"0")])
+    assert check(folder, "--write") == 0
+    assert "1 empty masks (a-0.tar: a.mask.png)" in capsys.readouterr().out
+    assert load_manifest(str(folder)).num_samples == 2
+
+
 def test_labels_that_are_no_numbers_stop_labelled_use_and_not_pretraining(tmp_path, capsys):
     folder = write_shards(tmp_path, a_0=["9.jpg", ("9.cls", b"3")], a_1=["8.jpg", ("8.cls", b"cat")])
     assert check(folder, "--write") == 0
