@@ -20,6 +20,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # How often Ray Train looks whether workers have ended; by default every 2 s, for which each run would wait.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
+# Ray's workers compete on equal terms with what else this machine does; at Ray's niceness of 15 they starve beside it.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (Ray spells it so)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
@@ -94,14 +96,6 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]
         yield server
     finally:
         server.stop()
-
-
-@pytest.fixture(scope="module")
-def not_nice() -> Iterator[None]:
-    """Ray's workers compete on equal terms with what else this machine does; at Ray's niceness of 15 they starve."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")
-        yield
 
 
 @pytest.fixture

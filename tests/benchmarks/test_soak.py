@@ -58,7 +58,7 @@ def test_what_does_not_hold_is_said(changed, broken):
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-def test_a_short_soak_keeps_every_promise(not_nice, tmp_path):
+def test_a_short_soak_keeps_every_promise(tmp_path):
     asked = ["--minutes", "1.5", "--worker-every-s", "30", "--node-every-s", "60", "--alone-s", "5", "--seed", "173"]
     done = command(*asked, "--json", str(tmp_path / "soak.json"), timeout_s=800)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

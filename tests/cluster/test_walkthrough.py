@@ -85,7 +85,7 @@ def wait_for_end(state: State, job: str) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1500)
-def test_the_walk_through(not_nice, tmp_path):
+def test_the_walk_through(tmp_path):
     with operations.cluster(tmp_path / "cluster", nodes=3, cpus=1) as state:
         pack(state, tmp_path / "photos")
         submit(state, "two", workers=2)
@@ -133,7 +133,7 @@ time.sleep(600)
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-def test_a_lost_head_costs_what_came_after_the_last_checkpoint(not_nice, tmp_path):
+def test_a_lost_head_costs_what_came_after_the_last_checkpoint(tmp_path):
     (tmp_path / "slow.py").write_text(SLOW_TO_END)
     with operations.cluster(tmp_path / "cluster", nodes=2, cpus=1) as state:
         pack(state, tmp_path / "photos")

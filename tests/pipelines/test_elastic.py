@@ -172,7 +172,7 @@ def world_sizes(folder):
 
 
 @pytest.fixture(scope="module")
-def nodes(not_nice, tmp_path_factory):
+def nodes(tmp_path_factory):
     """A cluster of two nodes that hold one worker each."""
     with operations.cluster(tmp_path_factory.mktemp("cluster"), nodes=2, cpus=1) as state:
         yield state
@@ -180,7 +180,7 @@ def nodes(not_nice, tmp_path_factory):
 
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
-def test_each_node_is_fed_by_an_execution_of_its_own(not_nice, shards, tmp_path):
+def test_each_node_is_fed_by_an_execution_of_its_own(shards, tmp_path):
     # Ray Data deals the free CPUs to executions by whole numbers: a node with one would starve.
     with operations.cluster(tmp_path / "cluster", nodes=2, cpus=3) as state:
         flags = ["--scale.address", state.head, "--scale.workers", "2", "--scale.executions", "node"]
