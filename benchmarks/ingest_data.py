@@ -12,7 +12,7 @@ from pipelines.data.packing import PackingOptions, member_bytes, plan_packing
 from pipelines.data.plan import Cut, Plan
 from pipelines.data.readers import Stream, View
 from pipelines.data.shards import INFO, Manifest, encode_info, load_index, load_manifest
-from pipelines.data.sources import find_source, list_images
+from pipelines.data.sources import close_archive, find_source, list_images
 from pipelines.data.writing import write_shards
 from pipelines.errors import UserError
 from pipelines.storage import Store
@@ -80,6 +80,7 @@ def make_photos(source: str, copies: int, folder: Path, size: int, batch: int) -
     store = Store(str(folder / "shards"))
     for _ in write_shards(packing.shards, packing.source, options, store):
         pass
+    close_archive()
     indexes, facts = zip(*(read_index(store, shard.name) for shard in packing.shards), strict=True)
     manifest = Manifest(
         location=store.location,
