@@ -305,6 +305,7 @@ def record_search(storage: Path) -> tuple[str, list[str]]:
     return parent, [one for one in ids if one]
 
 
+@pytest.mark.chaos
 def test_the_ui_draws_a_searchs_trials_as_parallel_coordinates(browser_path: str, tmp_path: Path):
     parent, trials = record_search(tmp_path)
     assert len(trials) == len(TRIALS)

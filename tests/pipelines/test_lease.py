@@ -260,6 +260,7 @@ def test_who_works_for_a_lost_lease_writes_no_checkpoint(place):
     assert json.loads(store.read(FILE))["token"] == "x" + lease.owner.token
 
 
+@pytest.mark.chaos
 def test_a_store_that_is_away_ends_no_holder(request, begin, tmp_path):
     moto = request.getfixturevalue("moto")
     put(moto, "away")

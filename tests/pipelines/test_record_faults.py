@@ -118,6 +118,7 @@ def test_a_fault_at_every_kind_of_request(
     assert runs_of(mlflow_server.uri, record.uid) == [run_id]
 
 
+@pytest.mark.chaos
 def test_another_database_behind_the_address(tmp_path: Path):
     """An empty one, as on a new host, and one from yesterday: what they lack is sent again, by the same follower."""
     (tmp_path / "server").mkdir()

@@ -92,6 +92,7 @@ def test_sqlite_from_beginning_to_continued_run(tmp_path: Path):
     assert len(client(uri).search_runs([run.info.experiment_id])) == 1
 
 
+@pytest.mark.chaos
 def test_server_down_from_the_start_and_back_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     server = Server(tmp_path)
     folder = tmp_path / "runs" / "night"
