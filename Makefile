@@ -23,8 +23,8 @@ demo: install ## shards, pretraining on Ray, probes, picture and record, on this
 	$(RUN) -m pipelines.make_shards --source digits --split test --out $(SHARDS)/test
 	$(RUN) -m pipelines.pretrain --config pipelines/recipes/digits.toml
 
-test: install ## run the tests
-	$(RUN) -m pytest
+test: install ## run the tests, in two processes
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: install ## run the tests that kill more processes, for some minutes more
 	$(RUN) -m pytest -m chaos
