@@ -27,7 +27,7 @@ from pipelines.kinds import refuse_other
 from pipelines.lease import Lease, check_of, hold
 from pipelines.runs import finished_when
 from pipelines.spool import Spool, Status
-from pipelines.storage import Store, absolute
+from pipelines.storage import Store, recordable
 from pipelines.tracking import RunDescription, create_run, resolve_tracking_uri, send, send_rest, shown_record
 from pipelines.training.job import Job
 from pipelines.training.runfolder import RunFolder
@@ -55,11 +55,11 @@ def resolve(config: Config) -> Config:
         UserError: A file of weights is not there.
     """
     values = config.model_dump()
-    values["run"]["storage"] = absolute(config.run.storage)
+    values["run"]["storage"] = recordable(config.run.storage, "run.storage")
     places = (("data", "train"), ("probe", "train"), ("probe", "test"), ("run", "init_from"), ("log", "ids_folder"))
     for section, key in places:
         if values[section][key]:
-            values[section][key] = absolute(values[section][key])
+            values[section][key] = recordable(values[section][key], f"{section}.{key}")
     if config.run.init_from and not config.run.init_digest:
         with local_file(config.run.init_from, "run.init_from") as path:
             values["run"]["init_digest"] = digest(path)

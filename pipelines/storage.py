@@ -52,6 +52,27 @@ def absolute(location: str) -> str:
     return str(Path(location).expanduser().absolute())
 
 
+def recordable(location: str, key: str) -> str:
+    """Returns a location as ``absolute`` does, if a configuration file and a database can hold it.
+
+    Args:
+        location: As the user gave it.
+        key: Of the configuration.
+
+    Raises:
+        UserError: It is not UTF-8, or of a scheme that is none.
+    """
+    found = absolute(location)
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{key}: '{found}' is not UTF-8, so that neither a configuration file nor MLflow can hold it: give the "
+            f"folder another name, or name a link to it"
+        ) from None
+    return found
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder, local or in an object store. Paths are relative to it, with forward slashes."""

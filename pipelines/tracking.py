@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import pydantic
 
+from mae_core.names import printable
 from pipelines.commands import open_record
 from pipelines.errors import UserError
 from pipelines.sent import has_all
@@ -120,7 +121,8 @@ class RunDescription(pydantic.BaseModel):
     @pydantic.field_validator("params", "tags", mode="before")
     @classmethod
     def _as_text(cls, values: Mapping[str, Any]) -> dict[str, str]:
-        return {name: redact(str(value)) for name, value in values.items()}
+        # What cannot be encoded, as of a path that is not UTF-8, no database takes.
+        return {name: printable(redact(str(value))) for name, value in values.items()}
 
 
 class RunRecord(RunDescription):

@@ -32,7 +32,7 @@ from pipelines.kinds import WEIGHTS, refuse_other
 from pipelines.lease import Lease, hold
 from pipelines.runs import final_step, find_run, finished_when
 from pipelines.spool import Spool, Status
-from pipelines.storage import Store, absolute
+from pipelines.storage import Store, recordable
 from pipelines.tracking import create_run, resolve_tracking_uri, send, shown_record
 from pipelines.training.runfolder import RunFolder
 from pipelines.transfer_config import (
@@ -98,12 +98,12 @@ def read_transfer(argv: Sequence[str] | None = None) -> Transfer:
     if not transfer.data.train or not transfer.data.test:
         raise UserError(f"give labelled shards with --data.train and --data.test (see {PROG} --help)")
     values = transfer.model_dump()
-    values["storage"] = absolute(transfer.storage)
+    values["storage"] = recordable(transfer.storage, "storage")
     for key in ("train", "test", "val"):
         if values["data"][key]:
-            values["data"][key] = absolute(values["data"][key])
+            values["data"][key] = recordable(values["data"][key], f"data.{key}")
     if transfer.weights:
-        values["weights"] = absolute(transfer.weights)
+        values["weights"] = recordable(transfer.weights, "weights")
     return Transfer.model_validate(values)
 
 

@@ -1,5 +1,7 @@
 """Files and flags into a configuration, and mistakes into one line."""
 
+import os
+
 import pytest
 
 from pipelines.cli import flag_names, load_toml, to_toml
@@ -142,3 +144,24 @@ def test_elastic_workers_leave_room_on_every_node():
     assert claimed == 0.42
     for cpus in (2.0, 1.5):
         assert cpus - min(2, int(cpus / claimed)) * claimed >= 0.66 - 1e-4
+
+
+NOT_UTF8 = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.parametrize("key", ["data.train", "probe.train", "probe.test", "run.storage", "run.init_from"])
+def test_an_address_that_no_configuration_file_can_hold_is_one_line(key):
+    section, name = key.split(".")
+    given = {section: {name: NOT_UTF8}} if key != "probe.test" else {"probe": {"train": "x", "test": NOT_UTF8}}
+    config = Config.model_validate(given)
+    with pytest.raises(UserError, match=f"{key}: '.*' is not UTF-8, so that neither a configuration file nor MLflow"):
+        resolve(config)
+
+
+@pytest.mark.parametrize("flag", ["--storage", "--data.train", "--data.test", "--data.val"])
+def test_so_it_is_for_a_transfer(flag):
+    from pipelines.transfer import read_transfer
+
+    given = {"--storage": "runs", "--data.train": "shards", "--data.test": "shards", flag: NOT_UTF8}
+    with pytest.raises(UserError, match=f"{flag[2:]}: '.*' is not UTF-8"):
+        read_transfer(["--run", "cells", *(word for pair in given.items() for word in pair)])

@@ -16,7 +16,15 @@ import pytest
 from pipelines.commands import open_record
 from pipelines.errors import UserError
 from pipelines.spool import Spool
-from pipelines.tracking import RunRecord, create_run, resolve_tracking_uri, send, shown_record, start_follower
+from pipelines.tracking import (
+    RunDescription,
+    RunRecord,
+    create_run,
+    resolve_tracking_uri,
+    send,
+    shown_record,
+    start_follower,
+)
 from tests.records import (
     ROOT,
     Server,
@@ -389,3 +397,11 @@ def test_tracking_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_the_loop_does_not_import_mlflow():
     code = "import sys, pipelines.tracking, pipelines.spool; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_values_that_cannot_be_encoded_are_escaped():
+    """A database takes no lone surrogates, which stand for bytes of a path that are not UTF-8."""
+    odd = os.fsdecode(b"caf\xe9")
+    description = RunDescription(experiment="e", name="n", params={"data.train": odd}, tags={"storage": odd})
+    assert description.params == {"data.train": "caf\\xe9"}
+    assert description.tags == {"storage": "caf\\xe9"}
