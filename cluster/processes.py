@@ -13,6 +13,7 @@ import psutil
 MARK = "MAE_LOCAL_CLUSTER"
 # Below the ports that the system hands out by itself, and above those that Ray gives its workers.
 _PORTS = (20_000, 32_000)
+_EXEC_TRIES = 5
 
 
 def free_ports(count: int) -> list[int]:
@@ -59,6 +60,12 @@ def marked(mark: str, ray_dir: Path | None = None) -> list[psutil.Process]:
 
 def _is_marked(process: psutil.Process, mark: str, ray_dir: Path | None) -> bool:
     environment = process.environ()
+    for _ in range(_EXEC_TRIES):
+        # Between its birth and its first instruction a program has a file and no environment yet.
+        if environment or not process.exe():
+            break
+        time.sleep(0.01)
+        environment = process.environ()
     if MARK in environment or "PATH" in environment:
         return environment.get(MARK, "").startswith(mark)
     return ray_dir is not None and Path(process.cwd()).is_relative_to(ray_dir)

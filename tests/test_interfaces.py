@@ -24,7 +24,7 @@ from tests.test_architecture import ROOMS, ROOT, imports, modules
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 INSTALLED = ("mae_core", "pipelines", "tune", "cluster")
 # Declared and imported nowhere: commands, a plugin of pytest, and what runs in a process of its own.
-COMMANDS = {"ruff", "basedpyright", "pytest-timeout", "moto"}
+COMMANDS = {"ruff", "basedpyright", "pytest-timeout", "pytest-xdist", "moto"}
 PRIVATE = (
     # A dashboard would say the same, which a Ray of our own does not start.
     "ray._private.state.state._connect_and_get_accessor",
