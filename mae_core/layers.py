@@ -1,8 +1,8 @@
 """Layers of a Vision Transformer as fast as this processor does them; their parameters and results are PyTorch's.
 
-PyTorch gives float32 products on x86 to MKL, which on processors of other makers than its own leaves AVX-512 alone:
-half of their arithmetic lies idle. oneDNN, to which PyTorch gives those of bfloat16, asks the processor what it can do.
-The results are the same up to the order of sums.
+Float32 products on a CPU go to the library that is the faster one there (``cpu_products.py``), the values behind a GELU
+are not kept for the backward pass, and bfloat16 attention is plain products. The results are the same up to the order
+of sums.
 """
 
 from collections.abc import Iterable
@@ -15,19 +15,28 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
+from mae_core.cpu_products import Pass, product
+
 # An operator of our own, so that a compiler leaves the operands as they lie: a transpose is not worth a copy.
 _OPERATORS = torch.library.Library("mae_core", "DEF")
-_OPERATORS.define("linear(Tensor values, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
+_OPERATORS.define(
+    "linear(Tensor values, Tensor weight, Tensor? bias, str kind) -> Tensor", tags=(torch.Tag.needs_exact_strides,)
+)
 _linear = torch.ops.mae_core.linear.default
 
 
 @torch.library.impl(_OPERATORS, "linear", "CPU")
-def _(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")
+def _(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: Pass) -> torch.Tensor:
+    return product(values, weight, bias, kind)
 
 
 @torch.library.register_fake("mae_core::linear")
-def _(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001
+def _(
+    values: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,  # noqa: ARG001
+    kind: Pass,  # noqa: ARG001
+) -> torch.Tensor:
     return values.new_empty((*values.shape[:-1], weight.shape[0]))
 
 
@@ -37,7 +46,7 @@ def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     values, weight = ctx.saved_tensors
-    return _gradients(grad, values, weight, ctx.needs_input_grad)
+    return *_gradients(grad, values, weight, ctx.needs_input_grad[:3]), None
 
 
 def _gradients(
@@ -46,8 +55,8 @@ def _gradients(
     grad = grad.reshape(-1, weight.shape[0])
     of_values, of_weight, of_bias = needed
     return (
-        _linear(grad, weight.t(), None).view(values.shape) if of_values else None,
-        _linear(grad.t(), values.reshape(-1, weight.shape[1]).t(), None) if of_weight else None,
+        _linear(grad, weight.t(), None, "values").view(values.shape) if of_values else None,
+        _linear(grad.t(), values.reshape(-1, weight.shape[1]).t(), None, "weight") if of_weight else None,
         grad.sum(dim=0) if of_bias else None,
     )
 
@@ -60,13 +69,10 @@ def _(values_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
     return 2 * torch.Size(values_shape).numel() * weight_shape[0]
 
 
-_FASTER = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def _is_faster(values: torch.Tensor, weight: torch.Tensor) -> bool:
+def _is_ours(values: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a product is one that ``cpu_products`` chooses a library for."""
     return bool(
-        _FASTER
-        and values.device.type == "cpu"
+        values.device.type == "cpu"
         and values.dtype == weight.dtype == torch.float32
         and values.numel()
         and not torch.is_autocast_enabled("cpu")
@@ -74,7 +80,7 @@ def _is_faster(values: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def linear(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``nn.functional.linear``; in float32 on a CPU with AVX-512 by oneDNN.
+    """``nn.functional.linear``; in float32 on a CPU by the faster one of two libraries.
 
     Args:
         values: [..., I].
@@ -84,8 +90,8 @@ def linear(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Returns:
         [..., O].
     """
-    if _is_faster(values, weight):
-        return _linear(values, weight, bias)
+    if _is_ours(values, weight):
+        return _linear(values, weight, bias, "forward")
     return nn.functional.linear(values, weight, bias)
 
 
@@ -102,7 +108,7 @@ class _GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(before: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return _linear(nn.functional.gelu(before), weight, bias)
+        return _linear(nn.functional.gelu(before), weight, bias, "forward")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -130,7 +136,7 @@ class PlainMlp(Mlp):
             and type(self.fc2) is Linear
             and not _has_hooks(self.act)
             and not _has_hooks(self.fc2)
-            and _is_faster(before, self.fc2.weight)
+            and _is_ours(before, self.fc2.weight)
             and not torch.compiler.is_compiling()  # a compiler decides that itself
         ):
             return _GeluLinear.apply(before, self.fc2.weight, self.fc2.bias)  # type: ignore[return-value]

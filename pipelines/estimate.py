@@ -124,7 +124,7 @@ def speed_lines(
     args: Args, step: "StepRate | None", rates: "Rates", found: "Estimate | None", num_samples: int
 ) -> Iterator[tuple[str, str]]:
     """How fast it goes and what it takes: lines of the table, each with what it is about."""
-    from pipelines.training.duration import DAYS_H, in_words, smaller
+    from pipelines.training.duration import DAYS_H, bfloat16_hint, in_words, smaller
 
     scale, decode = args.scale, rates.decode_images_per_s
     speed = f"{rates.step_images_per_s or 0:,.1f} images/s a worker"
@@ -140,6 +140,8 @@ def speed_lines(
     yield "training step", speed
     if step and step.cpu_share < _BUSY and not scale.gpu:
         yield "", f"too slow: other programs had the cores, the step got {step.cpu_share:.0%} of their time"
+    if step and not scale.gpu and (hint := bfloat16_hint(args.train.precision, step.bfloat16_gain)):
+        yield "", hint
     yield "decoding", f"{decode:,.0f} images/s a core, measured on this machine"
     if found is None:
         yield "feeding", f"a worker of 1,000 images/s takes {1000 / decode:.2g} such cores"

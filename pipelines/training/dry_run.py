@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from mae_core.device_rate import bfloat16_gain
 from mae_core.optim import make_optimizer
 from pipelines.config import Config
 from pipelines.data.plan import Cut
@@ -34,12 +35,14 @@ class StepRate:
         memory_bytes: By how much the peak of the process's memory grew: what PyTorch allocates on a GPU, or all of it.
         threads: CPU threads.
         cpu_share: CPU time of a step over what its threads could have had: on a CPU, less where others had the cores.
+        bfloat16_gain: As ``mae_core.device_rate.bfloat16_gain``, with these threads.
     """
 
     images_per_s: float
     memory_bytes: int
     threads: int
     cpu_share: float
+    bfloat16_gain: float
 
 
 @contextlib.contextmanager
@@ -87,6 +90,7 @@ def measure_step(config: Config, cut: Cut, device: torch.device, *, threads: int
     try:
         with cpu_threads(threads), compiler_told(config):
             turns, times = _timed_steps(config, cut, device, seconds)
+            gain = bfloat16_gain(device)
     except torch.OutOfMemoryError:
         raise UserError(
             f"the model and a micro-batch of {cut.rows} do not fit into the memory of "
@@ -95,7 +99,7 @@ def measure_step(config: Config, cut: Cut, device: torch.device, *, threads: int
     real = cut.global_size / (cut.micros * cut.rows)  # the rest fills up
     median = statistics.median(wall for wall, _ in times)
     share = sum(cpu for _, cpu in times) / sum(wall for wall, _ in times) / threads
-    return StepRate(real * turns * cut.rows / median, _peak_bytes(device) - before, threads, share)
+    return StepRate(real * turns * cut.rows / median, _peak_bytes(device) - before, threads, share, gain)
 
 
 def _timed_steps(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ray.train.collective import broadcast_from_rank_zero
 from torch.nn.parallel import DistributedDataParallel
 
+from mae_core import cpu_products
 from mae_core.optim import lr_at, make_optimizer, peak_lr
 from pipelines.config import identity, identity_hash, total_steps, warmup_steps
 from pipelines.data.feed import Feed, join_crew
@@ -265,6 +266,8 @@ class _Worker:
             save_now = done == self.steps or (save_every and done % save_every == 0)
             save_now = save_now or stops or (self.job.judged and done in probes)
             log_now = save_now or done % config.log.every == 0
+            if done == start + 1 and self.spool and (products := cpu_products.summary()):
+                self.spool.tags({"cpu_products": products})
             if log_now or done == start + 1:
                 self._check_readable(done, trainer)
             if log_now:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mae_core.device_rate import matrix_rate
+from mae_core.device_rate import bfloat16_gain, matrix_rate
 from mae_core.flops import step_flops
 from mae_core.model import MaskedAutoencoder
 from pipelines.config import Config
 from pipelines.spool import Spool
-from pipelines.training.duration import Duration
+from pipelines.training.duration import Duration, bfloat16_hint
 from pipelines.training.recorder import Recorder
 from pipelines.training.step import Trainer, precision
 from pipelines.training.unreadable import Unreadable, over_ranks, told
@@ -61,6 +61,10 @@ class Progress:
 
     def begin(self, start: int) -> None:
         """The steps begin, after those that are done already; says how long they will take at least."""
+        if self._device.type == "cpu" and self._spool:  # on rank 0
+            hint = bfloat16_hint(self._config.train.precision, bfloat16_gain(self._device))
+            if hint:
+                self._say(hint)
         self._began = time.perf_counter()
         for line in self._duration.begin(start, self._began):
             self._say(line)

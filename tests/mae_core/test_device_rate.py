@@ -1,12 +1,14 @@
 """The rate that a step's FLOPs are held against: the work that is done, over the time of a clock."""
 
 import itertools
+import platform
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mae_core.device_rate import matrix_rate
+from mae_core import device_rate
+from mae_core.device_rate import bfloat16_gain, matrix_rate
 
 CPU = torch.device("cpu")
 
@@ -56,6 +58,16 @@ def test_it_is_measured_once():
     assert matrix_rate(torch.device("cpu"), torch.float32, 1.0, clock) == first
     assert next(ticks) == read + 1, "the clock was read again"
     matrix_rate.cache_clear()
+
+
+def test_the_gain_of_bfloat16_is_measured_where_the_processor_has_instructions_for_it(monkeypatch):
+    rates = {torch.bfloat16: 6e11, torch.float32: 2e11}
+    monkeypatch.setattr(device_rate, "matrix_rate", lambda _, dtype: rates[dtype])
+    for flags, gain in (({"avx512f", "amx_bf16"}, 3.0), ({"avx512_bf16"}, 3.0), ({"avx512f"}, 0.0), (set(), 0.0)):
+        monkeypatch.setattr(device_rate, "_cpu_flags", lambda flags=flags: flags)
+        assert bfloat16_gain(CPU) == gain
+    monkeypatch.undo()
+    assert device_rate._cpu_flags() or platform.machine() != "x86_64", "nothing is known of this processor"
 
 
 @pytest.mark.timing

@@ -43,12 +43,8 @@ def test_the_products_of_linear_are_counted():
     assert counter.get_total_flops() == 3 * 2 * 2 * 5 * 7 * 11
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="MKL is as fast without AVX-512")
-def test_float32_products_are_onednns_and_bfloat16_autocast_is_as_ever():
+def test_under_autocast_linear_is_pytorchs():
     layer = Linear(7, 11)
-    with torch.profiler.profile() as profile:
-        layer(random(3, 7)).sum().backward()
-    assert "mkldnn::_linear_pointwise" in {event.name for event in profile.events() or ()}
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(random(3, 7)).dtype == torch.bfloat16
 
@@ -93,7 +89,6 @@ def test_an_mlp_is_timms(bias, frozen):
         torch.testing.assert_close(ours(tokens), theirs(tokens))
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="elsewhere it is timm's")
 def test_an_mlp_keeps_each_of_its_hidden_values_once():
     mlp = Mlp(24, 96)
     use_fast_layers(mlp)

@@ -224,6 +224,8 @@ def check_record(folder):
     assert run.data.params["model.mask_ratio"] == "0.75"
     assert run.data.tags["data.digest"] == record["tags"]["data.digest"]
     assert "git.commit" in run.data.tags
+    products = run.data.tags["cpu_products"]
+    assert all(kind in products for kind in ("forward ", "values ", "weight ")), products
     notes = json.loads((folder / "result.json").read_text())["notes"]
     assert run.data.tags.get("mae.notes", "") == "; ".join(notes)
     # What fills the columns of the UI's table; the commit's only where the code is in a repository.

@@ -20,10 +20,12 @@ from pipelines.estimate import main as estimate
 from pipelines.estimation import plan_work
 from pipelines.pretrain import check, read_config
 from pipelines.spool import Spool
+from pipelines.training import progress
 from pipelines.training.build import build_model
 from pipelines.training.duration import Duration
 from pipelines.training.outcome import notes, read_record
-from pipelines.training.progress import PeakMemory, _resident_mib
+from pipelines.training.progress import PeakMemory, Progress, _resident_mib
+from pipelines.training.unreadable import Unreadable
 
 CPU = torch.device("cpu")
 
@@ -113,6 +115,19 @@ def test_what_takes_days_on_cpus_comes_with_flags_that_do_not():
     # A model that is small already takes fewer steps alone.
     small = configuration(train={"steps": 10**7})
     assert re.search(r"about 8\.0 h with --train\.steps \d+$", told_of(small, [], rate=1e10)[1])
+
+
+@pytest.mark.parametrize(("gain", "precision", "said"), [
+    (3.4, "float32", True), (3.4, "auto", True), (2.9, "auto", False), (0.0, "auto", False), (9.0, "bfloat16", False),
+])  # fmt: skip
+def test_a_run_says_at_its_start_where_bfloat16_is_worth_it(gain, precision, said, monkeypatch, tmp_path):
+    monkeypatch.setattr(progress, "bfloat16_gain", lambda _: gain)
+    config, lines = configuration(train={"steps": 10, "precision": precision}), []
+    model = build_model(config)
+    for spool in (Spool(tmp_path), None):  # rank 0 and another
+        Progress(config, model, 10, 100, Unreadable(None, CPU), CPU, spool, lines.append).begin(0)
+    hint = f"bfloat16 matrices are multiplied {gain} times as fast as float32 ones on this processor"
+    assert [hint in line for line in lines].count(True) == said
 
 
 # ---- the command that comes after packing
